@@ -1,0 +1,113 @@
+"""What the model is (MoEConfig) and how it is spread over ranks (EPConfig). Sizes are checked here and nowhere else."""
+
+import math
+from dataclasses import dataclass
+
+BLOCK = 128
+"""Elements that share one scale factor along K, and both sides of a weight block (DeepSeek-V3 checkpoint
+convention)."""
+
+MAX_TOPK = 16
+WEIGHT_FORMATS = ("fp8", "bf16")
+
+
+def _check_int(name: str, value, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass an int")
+    if value < low or (high is not None and value > high):
+        wanted = f"at least {low}" if high is None else f"between {low} and {high}"
+        nearest = low if value < low else high
+        raise ValueError(f"{name}={value} must be {wanted}; nearest legal value {nearest}")
+
+
+def _check_multiple(name: str, value, multiple: int) -> None:
+    _check_int(name, value, 1)
+    if value % multiple:
+        below, above = value // multiple * multiple, (value // multiple + 1) * multiple
+        nearest = f"{below}, {above}" if below else f"{above}"
+        raise ValueError(f"{name}={value} must be a multiple of {multiple}; nearest {nearest}")
+
+
+def _check_positive(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass a number")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name}={value} must be a finite number above 0")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """The model side of one MoE layer.
+
+    hidden: model width, a multiple of 128.
+    intermediate: expert width per SwiGLU half (linear1 has 2 * intermediate outputs), a multiple of 128.
+    num_experts: experts the router sees, over all ranks.
+    topk: slots per token, 1 to 16; a slot may be unused (id -1), and may repeat an expert.
+    weight_format: "fp8" (e4m3 operands with fp32 scale factors), or "bf16" (no quantizers; CPU only; also serves fp32
+        models).
+    swiglu_limit: None, or the clamp of the SwiGLU inputs: gate <= limit, |up| <= limit.
+    ValueError or TypeError names the field, its value and the nearest legal ones.
+    """
+
+    hidden: int
+    intermediate: int
+    num_experts: int
+    topk: int
+    weight_format: str = "fp8"
+    swiglu_limit: float | None = None
+
+    def __post_init__(self):
+        _check_multiple("hidden", self.hidden, BLOCK)
+        _check_multiple("intermediate", self.intermediate, BLOCK)
+        _check_int("num_experts", self.num_experts, 1)
+        _check_int("topk", self.topk, 1, MAX_TOPK)
+        if self.weight_format not in WEIGHT_FORMATS:
+            raise ValueError(
+                f"weight_format={self.weight_format!r} must be one of {', '.join(map(repr, WEIGHT_FORMATS))}"
+            )
+        if self.swiglu_limit is not None:
+            _check_positive("swiglu_limit", self.swiglu_limit)
+
+    def num_local_experts(self, ep_size: int) -> int:
+        """Experts on each of ``ep_size`` ranks; expert e lives on rank e // num_local_experts. ValueError if uneven."""
+        _check_int("ep_size", ep_size, 1)
+        if self.num_experts % ep_size:
+            sizes = [size for size in range(1, self.num_experts + 1) if self.num_experts % size == 0]
+            below, above = (
+                max(s for s in sizes if s < ep_size or s == 1),
+                min((s for s in sizes if s > ep_size), default=None),
+            )
+            nearest = f"{below}, {above}" if above else f"{below}"
+            raise ValueError(
+                f"num_experts={self.num_experts} cannot be spread evenly over ep_size={ep_size} ranks; "
+                f"nearest ep_size {nearest}"
+            )
+        return self.num_experts // ep_size
+
+
+@dataclass(frozen=True)
+class EPConfig:
+    """The rank side: capacity, deadlines and the device's budget.
+
+    num_max_tokens_per_rank: capacity; no call may bring more tokens on any rank.
+    virtual_ranks: None (one rank a process), or R: this one process plays R ranks and every per-rank tensor argument
+        of the layer is a list of R tensors, as is the result.
+    arrive_deadline_s: seconds until every rank must have entered a call.
+    step_deadline_s: seconds any later wait of that call may take.
+    num_sms: SMs the kernel may use, all ranks of this process together; None = all. No meaning on CPU.
+    """
+
+    num_max_tokens_per_rank: int
+    virtual_ranks: int | None = None
+    arrive_deadline_s: float = 60.0
+    step_deadline_s: float = 10.0
+    num_sms: int | None = None
+
+    def __post_init__(self):
+        _check_int("num_max_tokens_per_rank", self.num_max_tokens_per_rank, 1)
+        if self.virtual_ranks is not None:
+            _check_int("virtual_ranks", self.virtual_ranks, 1)
+        _check_positive("arrive_deadline_s", self.arrive_deadline_s)
+        _check_positive("step_deadline_s", self.step_deadline_s)
+        if self.num_sms is not None:
+            _check_int("num_sms", self.num_sms, 1)

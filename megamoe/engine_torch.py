@@ -1,0 +1,36 @@
+"""The CPU engine: steps.py on the ranks held here."""
+
+from torch import Tensor
+
+from megamoe.config import MoEConfig
+from megamoe.steps import ExpertWeights, RankInput, moe_layer
+
+
+class TorchEngine:
+    """Holds the weights and runs the specification. The layer has validated everything; nothing is checked again."""
+
+    def __init__(self, config: MoEConfig, workspace):
+        self.config = config
+        self.exchange = workspace.exchange
+        self.weights: list[ExpertWeights] | None = None
+
+    def load_weights(self, weights: list[ExpertWeights]) -> None:
+        """weights: one per rank held here. Copied: in place from the second time on, so that addresses stay."""
+        if self.weights is None:
+            self.weights = [ExpertWeights(*(None if t is None else t.clone() for t in rank)) for rank in weights]
+            return
+        for mine, theirs in zip(self.weights, weights, strict=True):
+            for target, source in zip(mine, theirs, strict=True):
+                if target is not None:
+                    target.copy_(source)
+
+    def forward(self, inputs: list[RankInput], num_tokens_bound: int, outs: list[Tensor | None]) -> list[Tensor]:
+        """num_tokens_bound chooses nothing here: the torch exchange sends exact counts."""
+        results = moe_layer(self.config, self.exchange, self.weights, inputs)
+        return [y if out is None else out.copy_(y) for y, out in zip(results, outs, strict=True)]
+
+    def check(self) -> None:
+        """Nothing is pending: every error of the torch path is raised by forward itself."""
+
+    def close(self) -> None:
+        self.weights = None

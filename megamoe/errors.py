@@ -1,0 +1,33 @@
+"""The exception a device wait, a peer or a bad id ends in. Errors a caller can fix beforehand are ValueError or
+TypeError."""
+
+from typing import NamedTuple
+
+
+class ErrorRecord(NamedTuple):
+    """Where a wait gave up, in the words of the wait itself. -1 and "" mean: does not apply."""
+
+    rank: int  # ep_rank that wrote the record
+    cta: int  # block of the kernel, -1 on the torch path
+    role: str  # e.g. "load_tokens"
+    step: str  # dispatch, linear1, swiglu, linear2 or combine
+    index: int  # what was waited for: a peer's ep_rank, a ring block, a token
+    have: int
+    want: int
+
+
+class MegaMoEError(RuntimeError):
+    """A call failed while it ran. ``record`` says where; the workspace refuses further calls until ``reset()``.
+
+    record: ErrorRecord or None (None: refused because an earlier call failed).
+    """
+
+    def __init__(self, message: str, record: ErrorRecord | None = None):
+        self.record = record
+        if record is not None:
+            where = f"rank {record.rank}" + (f" cta {record.cta}" if record.cta >= 0 else "")
+            message = (
+                f"{where} role {record.role} step {record.step}: {message} "
+                f"(index {record.index}, have {record.have}, want {record.want})"
+            )
+        super().__init__(message)

@@ -1,0 +1,177 @@
+"""MoELayer: what a model imports. All input is validated here; engines and steps trust it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megamoe import layer_checks as checks
+from megamoe.config import MoEConfig
+from megamoe.errors import MegaMoEError
+from megamoe.steps import RankInput
+from megamoe.workspace import Workspace
+
+
+class MoELayer(nn.Module):
+    """One expert-parallel MoE layer, inference only: forward runs without autograd and its result has no gradient.
+
+    config: must be one of workspace.moe_configs. workspace: shared with other layers.
+    On a CUDA workspace forward is one fused kernel on the current stream; on CPU it is megamoe/steps.py.
+    With EPConfig(virtual_ranks=R) every tensor argument below is a list of R tensors, one per rank, and so is the
+    result.
+    """
+
+    def __init__(self, config: MoEConfig, workspace: Workspace):
+        super().__init__()
+        if config not in workspace.moe_configs:
+            raise ValueError(
+                f"config={config} is not among workspace.moe_configs={workspace.moe_configs}; add it there"
+            )
+        workspace.check_open()
+        self.config = config
+        self.workspace = workspace
+        self._dtype: torch.dtype | None = None  # bf16 format: of weights and hidden_states, known from load_weights on
+        if workspace.is_cuda:
+            from megamoe.engine_fused import FusedEngine  # only here: the CPU path must not need CUDA packages
+
+            self._engine = FusedEngine(config, workspace)
+        else:
+            from megamoe.engine_torch import TorchEngine
+
+            self._engine = TorchEngine(config, workspace)
+
+    @torch.no_grad()
+    def load_weights(
+        self,
+        linear1: Tensor | Sequence[Tensor],
+        linear2: Tensor | Sequence[Tensor],
+        linear1_sf: Tensor | Sequence[Tensor] | None = None,
+        linear2_sf: Tensor | Sequence[Tensor] | None = None,
+    ) -> None:
+        """Copy in the local experts; again later, in place (also under captured graphs).
+
+        linear1: [num_local_experts, 2 * intermediate, hidden], first the gate rows, then the up rows.
+        linear2: [num_local_experts, hidden, intermediate].
+        weight_format="fp8": either e4m3 with linear1_sf fp32 [num_local_experts, 2 * intermediate / 128, hidden / 128]
+            and linear2_sf fp32 [num_local_experts, hidden / 128, intermediate / 128], or bf16, fp16 or fp32 without
+            sf, which are quantized here by 128x128 block.
+        weight_format="bf16": both bf16 or both fp32, no sf.
+        ValueError or TypeError names the argument, its value and the remedy.
+        """
+        self.workspace.check_open()
+        columns = [
+            self._per_rank(name, value)
+            for name, value in (
+                ("linear1", linear1), ("linear1_sf", linear1_sf), ("linear2", linear2), ("linear2_sf", linear2_sf)
+            )
+        ]  # fmt: skip
+        num_local_experts = self.config.num_local_experts(self.workspace.ep_size)
+        weights = [
+            checks.expert_weights(self.config, num_local_experts, self.workspace.device, rank, *row)
+            for rank, row in zip(self._suffixes(), zip(*columns, strict=True), strict=True)
+        ]
+        dtypes = {rank_weights.linear1.dtype for rank_weights in weights}
+        if self.config.weight_format == "bf16":
+            if len(dtypes | {self._dtype} - {None}) > 1:
+                raise TypeError(
+                    f"linear1 has dtypes {dtypes}, earlier {self._dtype}; use one dtype on all ranks and loads"
+                )
+            self._dtype = weights[0].linear1.dtype
+        self._engine.load_weights(weights)
+        self._loaded = True
+
+    _loaded = False
+
+    @torch.no_grad()
+    def forward(
+        self,
+        hidden_states,
+        topk_idx: Tensor | Sequence[Tensor],
+        topk_weights: Tensor | Sequence[Tensor],
+        *,
+        num_tokens: Tensor | Sequence[Tensor] | None = None,
+        num_tokens_bound: int | None = None,
+        out: Tensor | Sequence[Tensor] | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Collective: every rank of the workspace calls it, with any number of tokens from 0 to the capacity.
+
+        hidden_states: bf16 [n, hidden], or a tuple (e4m3 [n, hidden], sf fp32 [n, hidden / 128]) quantized per token
+            and 128.
+            weight_format="bf16": the dtype of the weights.
+        topk_idx: int32 or int64 [n, topk], ids over all ranks' experts; -1 = unused slot; a repeated id counts twice.
+        topk_weights: fp32 or bf16 [n, topk].
+        num_tokens: None, or int32 with one element on the layer's device: rows from it on are ignored, their output is
+            zero.
+        num_tokens_bound: int equal on all ranks, n <= num_tokens_bound <= capacity; None = capacity.
+        out: None, or bf16 [n, hidden] to write to (weight_format="bf16": the dtype of the weights).
+        -> out, or a new tensor like it. A token without a used slot gives exact zeros.
+
+        ValueError, TypeError: what the host can check, raised before anything is sent; ids are checked on CPU only.
+        MegaMoEError: an id out of range on CUDA, a peer that did not come, an earlier failure (until
+            workspace.reset()).
+        """
+        workspace, config = self.workspace, self.config
+        workspace.check_open()
+        if not self._loaded:
+            raise RuntimeError("the layer has no weights; call load_weights first")
+        capacity = workspace.ep_config.num_max_tokens_per_rank
+        bound = checks.num_tokens_bound(num_tokens_bound, capacity)
+        columns = [
+            self._per_rank(name, value)
+            for name, value in (
+                ("hidden_states", hidden_states), ("topk_idx", topk_idx), ("topk_weights", topk_weights),
+                ("num_tokens", num_tokens), ("out", out),
+            )
+        ]  # fmt: skip
+        inputs, outs = [], []
+        for rank, (x, idx, weights, count, rank_out) in zip(self._suffixes(), zip(*columns, strict=True), strict=True):
+            x, x_sf = checks.hidden_states(config, workspace.device, rank, x, self._dtype)
+            rank_input = RankInput(x, x_sf, idx, weights, count)
+            checks.routing(config, workspace.device, rank, rank_input, bound, capacity)
+            checks.out(config, workspace.device, rank, rank_out, x, self._dtype)
+            inputs.append(rank_input)
+            outs.append(rank_out)
+        try:
+            results = self._engine.forward(inputs, bound, outs)
+        except MegaMoEError as error:
+            workspace.poison(error)
+            raise
+        return results if workspace.ep_config.virtual_ranks is not None else results[0]
+
+    def check(self) -> None:
+        """Raise MegaMoEError if a call has failed on the device, or left the workspace refusing calls. Never waits."""
+        try:
+            self._engine.check()
+        except MegaMoEError as error:
+            self.workspace.poison(error)
+            raise
+        self.workspace.check_open()
+
+    def close(self) -> None:
+        """Drop the weights and what the engine holds. The workspace stays open. Twice is harmless."""
+        self._engine.close()
+        self._loaded = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def extra_repr(self) -> str:
+        return f"{self.config}, ep_size={self.workspace.ep_size}, device={self.workspace.device}"
+
+    def _per_rank(self, name: str, value) -> Sequence:
+        ranks = self.workspace.ep_config.virtual_ranks
+        if ranks is None:
+            return (value,)
+        if value is None:
+            return (None,) * ranks
+        if isinstance(value, list) and len(value) == ranks:
+            return value
+        got = f"a list of {len(value)}" if isinstance(value, list) else f"a {type(value).__name__}"
+        raise TypeError(f"{name} is {got}; virtual_ranks={ranks} needs a list of {ranks}, one entry per rank")
+
+    def _suffixes(self) -> Sequence[str]:
+        ranks = self.workspace.ep_config.virtual_ranks
+        return ("",) if ranks is None else tuple(f"[{rank}]" for rank in range(ranks))

@@ -1,0 +1,165 @@
+"""The checks behind MoELayer. ``rank`` is "" or, with virtual ranks, "[r]": it completes an argument's name in
+messages."""
+
+import torch
+from torch import Tensor
+
+from megamoe.config import BLOCK, MoEConfig
+from megamoe.quant.fp8 import E4M3, quantize_blocks
+from megamoe.steps import ExpertWeights, RankInput
+
+LOADABLE = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def tensor(
+    name: str,
+    value,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    aligned: bool = False,
+) -> None:
+    """Type, dtype, shape, device, stride, in the order in which a wrong one explains the next."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; pass a tensor of shape {list(shape)}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {value.dtype}; use {' or '.join(map(str, dtypes))}")
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {list(value.shape)}; expected {list(shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, the workspace on {device}; move it with .to('{device}')")
+    if not value.is_contiguous():
+        raise ValueError(f"{name} has strides {value.stride()}; make it contiguous with .contiguous()")
+    if aligned and value.data_ptr() % 16:
+        raise ValueError(f"{name} starts at an address that is no multiple of 16 bytes; use .clone()")
+
+
+def expert_weights(
+    config: MoEConfig, num_local_experts: int, device: torch.device, rank: str, linear1, linear1_sf, linear2, linear2_sf
+) -> ExpertWeights:
+    """Check one rank's weights; floating ones of the fp8 format are quantized by block."""
+    shape1 = (num_local_experts, 2 * config.intermediate, config.hidden)
+    shape2 = (num_local_experts, config.hidden, config.intermediate)
+    if config.weight_format == "fp8":
+        first = _fp8_weight(f"linear1{rank}", linear1, linear1_sf, shape1, device)
+        return ExpertWeights(*first, *_fp8_weight(f"linear2{rank}", linear2, linear2_sf, shape2, device))
+    for name, sf in (("linear1_sf", linear1_sf), ("linear2_sf", linear2_sf)):
+        if sf is not None:
+            raise ValueError(
+                f"{name}{rank} was given, but weight_format='bf16' has no scale factors; drop it or use 'fp8'"
+            )
+    tensor(f"linear1{rank}", linear1, shape1, (torch.bfloat16, torch.float32), device)
+    tensor(f"linear2{rank}", linear2, shape2, (linear1.dtype,), device)
+    return ExpertWeights(linear1, None, linear2, None)
+
+
+def _fp8_weight(name: str, weight, sf, shape: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    base, bracket, rank = name.partition("[")
+    sf_name = f"{base}_sf{bracket}{rank}"
+    tensor(name, weight, shape, (E4M3, *LOADABLE), device)
+    if weight.dtype == E4M3:
+        if sf is None:
+            raise ValueError(
+                f"{sf_name} is missing; e4m3 weights need fp32 [{shape[0]}, {shape[1] // BLOCK}, {shape[2] // BLOCK}]"
+            )
+        tensor(sf_name, sf, (shape[0], shape[1] // BLOCK, shape[2] // BLOCK), (torch.float32,), device)
+        return weight, sf
+    if sf is not None:
+        raise ValueError(
+            f"{sf_name} was given with {name} in {weight.dtype}; scale factors belong to e4m3 weights, drop it"
+        )
+    return quantize_blocks(weight)
+
+
+def num_tokens_bound(bound: int | None, capacity: int) -> int:
+    """The bound that holds for this call."""
+    if bound is None:
+        return capacity
+    if isinstance(bound, bool) or not isinstance(bound, int):
+        raise TypeError(f"num_tokens_bound={bound!r} is a {type(bound).__name__}; pass a host int, equal on all ranks")
+    if not 0 <= bound <= capacity:
+        raise ValueError(
+            f"num_tokens_bound={bound} must be between 0 and the capacity num_max_tokens_per_rank={capacity}"
+        )
+    return bound
+
+
+def hidden_states(
+    config: MoEConfig, device: torch.device, rank: str, value, weight_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """-> (x, x_sf or None)."""
+    name = f"hidden_states{rank}"
+    is_pair = isinstance(value, tuple | list)
+    if is_pair and (len(value) != 2 or config.weight_format != "fp8"):
+        raise TypeError(
+            f"{name} is a {type(value).__name__} of {len(value)}; pass a tensor, or with 'fp8' a pair (e4m3, sf)"
+        )
+    x, x_sf = value if is_pair else (value, None)
+    if is_pair:
+        dtypes = (E4M3,)
+    else:
+        dtypes = (torch.bfloat16,) if config.weight_format == "fp8" else (weight_dtype,)
+    if not isinstance(x, Tensor) or x.dim() != 2:
+        got = f"has shape {list(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
+        raise (ValueError if isinstance(x, Tensor) else TypeError)(
+            f"{name} {got}; expected [num_tokens, hidden] = [n, {config.hidden}]"
+        )
+    if x.dtype == E4M3 and not is_pair:
+        raise TypeError(f"{name} has dtype {x.dtype} without scale factors; pass the pair (e4m3, sf)")
+    tensor(name, x, (x.shape[0], config.hidden), dtypes, device, aligned=True)
+    if is_pair:
+        tensor(f"{name} sf", x_sf, (x.shape[0], config.hidden // BLOCK), (torch.float32,), device)
+    return x, x_sf
+
+
+def routing(
+    config: MoEConfig, device: torch.device, rank: str, rank_input: RankInput, bound: int, capacity: int
+) -> None:
+    """Token count, ids and weights of one rank."""
+    n = rank_input.x.shape[0]
+    if n > bound:
+        limit = "num_max_tokens_per_rank" if bound == capacity else "num_tokens_bound"
+        raise ValueError(
+            f"hidden_states{rank} has {n} tokens, above {limit}={bound}; send fewer, or raise it on all ranks"
+        )
+    shape = (n, config.topk)
+    tensor(f"topk_idx{rank}", rank_input.topk_idx, shape, (torch.int32, torch.int64), device)
+    tensor(f"topk_weights{rank}", rank_input.topk_weights, shape, (torch.float32, torch.bfloat16), device)
+    count = rank_input.num_tokens
+    if count is not None:
+        if not isinstance(count, Tensor):
+            raise TypeError(
+                f"num_tokens{rank} is a {type(count).__name__}; pass an int32 tensor with one element on {device}"
+            )
+        tensor(f"num_tokens{rank}", count.reshape(-1), (1,), (torch.int32,), device)
+    if device.type == "cpu":  # on CUDA reading a value would stop the stream: the kernel finds these itself
+        _values(config, rank, rank_input)
+
+
+def _values(config: MoEConfig, rank: str, rank_input: RankInput) -> None:
+    n = rank_input.x.shape[0]
+    if rank_input.num_tokens is not None:
+        count = int(rank_input.num_tokens)
+        if not 0 <= count <= n:
+            raise ValueError(f"num_tokens{rank}={count} must be between 0 and the {n} rows of hidden_states{rank}")
+        n = count
+    topk_idx = rank_input.topk_idx[:n]
+    bad = ((topk_idx < -1) | (topk_idx >= config.num_experts)).nonzero()
+    if len(bad):
+        token, slot = bad[0].tolist()
+        raise ValueError(
+            f"topk_idx{rank}[{token}, {slot}]={int(topk_idx[token, slot])} must be an expert id from 0 to "
+            f"{config.num_experts - 1}, or -1 for an unused slot"
+        )
+
+
+def out(config: MoEConfig, device: torch.device, rank: str, value, x: Tensor, weight_dtype: torch.dtype | None) -> None:
+    """The caller's output tensor, if any."""
+    if value is None:
+        return
+    dtype = torch.bfloat16 if config.weight_format == "fp8" else weight_dtype
+    tensor(f"out{rank}", value, (x.shape[0], config.hidden), (dtype,), device, aligned=True)
+    if value.numel() and value.data_ptr() == x.data_ptr():
+        raise ValueError(
+            f"out{rank} is the memory of hidden_states{rank}; pass another tensor, peers may still read it"
+        )

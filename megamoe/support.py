@@ -1,0 +1,76 @@
+"""Can this configuration run here? An answer with reasons, before anything is allocated."""
+
+from typing import NamedTuple
+
+import torch
+
+from megamoe.config import EPConfig, MoEConfig
+
+MAX_LOCAL_EXPERTS = 256
+
+
+class Report(NamedTuple):
+    """ok: True when ``reasons`` is empty. Each reason names the value and the remedy."""
+
+    ok: bool
+    reasons: tuple[str, ...]
+
+
+def support(
+    config: MoEConfig,
+    ep_config: EPConfig | None = None,
+    device: torch.device | str | None = None,
+    *,
+    ep_size: int | None = None,
+) -> Report:
+    """Check what only the combination of model, ranks and device decides. Allocates nothing, talks to no rank.
+
+    device: None (sizes only), "cpu", or a CUDA device, whose kind is then looked up.
+    ep_size: ranks; None = ep_config.virtual_ranks, or 1.
+    """
+    if ep_size is None:
+        ep_size = (ep_config.virtual_ranks if ep_config is not None else None) or 1
+    reasons = []
+    try:
+        num_local_experts = config.num_local_experts(ep_size)
+    except ValueError as error:
+        reasons.append(str(error))
+    else:
+        if num_local_experts > MAX_LOCAL_EXPERTS:
+            reasons.append(
+                f"num_experts={config.num_experts} over ep_size={ep_size} ranks is {num_local_experts} experts a "
+                "rank, above "
+                f"{MAX_LOCAL_EXPERTS}; use at least {-(-config.num_experts // MAX_LOCAL_EXPERTS)} ranks"
+            )
+    if device is not None:
+        reasons += _device_reasons(config, ep_config, torch.device(device))
+    return Report(not reasons, tuple(reasons))
+
+
+def _device_reasons(config: MoEConfig, ep_config: EPConfig | None, device: torch.device) -> list[str]:
+    if device.type == "cpu":
+        return []
+    if device.type != "cuda":
+        return [f"device={device} has no implementation; use 'cuda' (sm_90) or 'cpu'"]
+    reasons = []
+    if config.weight_format != "fp8":
+        reasons.append(
+            f"weight_format={config.weight_format!r} runs on CPU only; use device='cpu' or weight_format='fp8'"
+        )
+    if not torch.cuda.is_available():
+        return [
+            *reasons,
+            f"device={device}: torch finds no CUDA device; use device='cpu' or install a CUDA build of torch",
+        ]
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        return [*reasons, f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices"]
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) != (9, 0):
+        reasons.append(
+            f"device={device} ({properties.name}) is sm_{properties.major}{properties.minor}; the kernel needs sm_90 "
+            "(H100, H200); "
+            "use device='cpu'"
+        )
+    if ep_config is not None and ep_config.num_sms is not None and ep_config.num_sms > properties.multi_processor_count:
+        reasons.append(f"num_sms={ep_config.num_sms} exceeds the {properties.multi_processor_count} SMs of {device}")
+    return reasons

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: seeded inputs, an independent reference, comparison, ranks without GPUs."""

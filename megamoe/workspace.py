@@ -1,0 +1,166 @@
+"""What layers share: the group of ranks, the device, and on CUDA the symmetric memory. Created once, by all ranks
+together."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+
+from megamoe.config import EPConfig, MoEConfig
+from megamoe.errors import MegaMoEError
+from megamoe.exchange import DistExchange, LocalExchange
+from megamoe.support import support
+
+
+class Workspace:
+    """Shared by layers of one or several shapes; calls of different layers must be issued in the same order on every
+    rank.
+
+    moe_configs: one MoEConfig or several, the shapes of all layers that will use it.
+    ep_config: capacity, deadlines, virtual ranks; equal on every rank.
+    group: process group of the ep ranks; None = the default group if torch.distributed is initialised, else one rank.
+    device: None = the current CUDA device if there is one, else CPU.
+
+    Attributes: moe_configs, ep_config, ep_rank (0 with virtual ranks), ep_size, num_ranks_here, device, is_cuda, group,
+    poisoned (None, or the error after which calls are refused until reset()), exchange (CPU), fused (CUDA).
+
+    Construction, reset() and close() are collective. Configurations are compared between ranks here, once: ValueError
+    on every rank names the differing field. What one rank cannot do is raised on all ranks, so that none is left
+    waiting.
+    """
+
+    def __init__(
+        self,
+        moe_configs: MoEConfig | Sequence[MoEConfig],
+        ep_config: EPConfig,
+        *,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+    ):
+        _check_types(moe_configs, ep_config)
+        self.moe_configs = (moe_configs,) if isinstance(moe_configs, MoEConfig) else tuple(moe_configs)
+        self.ep_config = ep_config
+        self.device = _device(device)
+        self.is_cuda = self.device.type == "cuda"
+        self.poisoned: MegaMoEError | None = None
+        self.closed = False
+        self.fused = None
+        self.exchange = None
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        self.group = group
+        group_size = dist.get_world_size(group) if group is not None else 1
+        self.ep_rank = dist.get_rank(group) if group is not None else 0
+        _compare_ranks(group, group_size, self._facts(), self._problem(group_size))
+        self.num_ranks_here = ep_config.virtual_ranks or 1
+        self.ep_size = ep_config.virtual_ranks or group_size
+        if self.is_cuda:
+            from megamoe.engine_fused import FusedWorkspace  # only here: the CPU path must not need CUDA packages
+
+            self.fused = FusedWorkspace(self)
+        elif group_size > 1:
+            self.exchange = DistExchange(group, ep_config.arrive_deadline_s, ep_config.step_deadline_s)
+        else:
+            self.exchange = LocalExchange(self.ep_size)
+
+    def check_open(self) -> None:
+        """Refuse a call on a closed or poisoned workspace: MegaMoEError with the remedy."""
+        if self.closed:
+            raise MegaMoEError("the workspace is closed; create a new one")
+        if self.poisoned is not None:
+            raise MegaMoEError(f"an earlier call failed ({self.poisoned}); call workspace.reset() on all ranks first")
+
+    def poison(self, error: MegaMoEError) -> None:
+        """Refuse every call from now on until reset(). The first error is kept."""
+        self.poisoned = self.poisoned or error
+
+    def reset(self) -> None:
+        """Make a poisoned workspace usable again. Collective: every rank of the group must call it.
+
+        MegaMoEError if a rank does not come: the workspace then stays poisoned.
+        """
+        if self.closed:
+            raise MegaMoEError("the workspace is closed; create a new one")
+        if self.fused is not None:
+            self.fused.reset()
+        elif isinstance(self.exchange, DistExchange):
+            self.exchange.reset()
+        self.poisoned = None
+
+    def close(self) -> None:
+        """Give the memory back. Collective on CUDA. Twice is harmless; layers on it must not be called any more."""
+        if self.closed:
+            return
+        self.closed = True
+        if self.fused is not None:
+            self.fused.close()
+            self.fused = None
+        if isinstance(self.exchange, DistExchange):
+            self.exchange.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def _facts(self) -> dict:
+        facts = {f"ep_config.{name}": value for name, value in asdict(self.ep_config).items()}
+        facts["number of moe_configs"] = len(self.moe_configs)
+        for i, config in enumerate(self.moe_configs):
+            facts |= {f"moe_configs[{i}].{name}": value for name, value in asdict(config).items()}
+        facts["device type"] = self.device.type
+        return facts
+
+    def _problem(self, group_size: int) -> str | None:
+        virtual_ranks = self.ep_config.virtual_ranks
+        if not self.moe_configs:
+            return "moe_configs is empty; pass at least one MoEConfig"
+        if virtual_ranks is not None and group_size > 1:
+            return (
+                f"virtual_ranks={virtual_ranks} needs a group of one process, this one has {group_size}; "
+                "use virtual_ranks=None, or pass a one-rank group"
+            )
+        for config in self.moe_configs:
+            report = support(config, self.ep_config, self.device, ep_size=virtual_ranks or group_size)
+            if not report.ok:
+                return "; ".join(report.reasons)
+        return None
+
+
+def _check_types(moe_configs, ep_config) -> None:
+    configs = moe_configs if isinstance(moe_configs, list | tuple) else [moe_configs]
+    for config in configs:
+        if not isinstance(config, MoEConfig):
+            raise TypeError(f"moe_configs has a {type(config).__name__}; pass a MoEConfig or a list of them")
+    if not isinstance(ep_config, EPConfig):
+        raise TypeError(f"ep_config is a {type(ep_config).__name__}; pass an EPConfig")
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _compare_ranks(group, group_size: int, facts: dict, problem: str | None) -> None:
+    everyone = [(facts, problem)]
+    if group_size > 1:
+        everyone = [None] * group_size
+        dist.all_gather_object(everyone, (facts, problem), group=group)
+    for ep_rank, (_, their_problem) in enumerate(everyone):
+        if their_problem is not None:
+            raise ValueError(their_problem if group_size == 1 else f"rank {ep_rank}: {their_problem}")
+    reference = everyone[0][0]
+    for ep_rank, (theirs, _) in enumerate(everyone):
+        for name in reference | theirs:
+            if reference.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"{name} differs between ranks: {reference.get(name)!r} on rank 0, {theirs.get(name)!r} on rank "
+                    f"{ep_rank}; "
+                    "give every rank the same configuration"
+                )
