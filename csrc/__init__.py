@@ -1,0 +1,1 @@
+"""The device sources, as package data: nothing here is run by Python."""

@@ -1,0 +1,172 @@
+// The tokens role (two warps): brings the token side of each stage. linear1 gathers rows by 16-byte copies straight
+// from recv_x into the swizzled tile; linear2 copies a ready-made h image. It also tells math and store the tile's row
+// names.
+#pragma once
+#include "config.cuh"
+#include "ptx/copy.cuh"
+#include "roles.cuh"
+#include "sched/order.cuh"
+#include "sync/ring.cuh"
+#include "sync/wait.cuh"
+
+namespace moe {
+
+template <class C>
+struct TokenLoader {
+    static constexpr u32 kRows = C::kBlockTokens / kTokensWarps;  // rows of a tile that one warp brings
+    static constexpr u32 kSteps = kRows / 4;                      // a warp copies 4 rows x 128 bytes at once
+
+    const Launch& l;
+    SharedStorage<C>& s;
+    const u32* list;
+    RingPosition<C::kStages> stage;
+
+    MOE_DEVICE static u32 my_half() { return warp_id() - kTokensWarp; }  // which rows of the tile are this warp's
+    MOE_DEVICE Story story(u32 step, u32 index) const { return {kRole_tokens, step, index}; }
+
+    // Names and weights of this warp's rows into the slot. Readers see them through the tile's first tokens_full.
+    MOE_DEVICE void name_rows(const TileSlot& t, u32 slot) const {
+        const u32 half = my_half();
+        for (u32 i = lane_id(); i < kRows; i += 32) {
+            const u32 r = half * kRows + i;
+            u32 row = 0;
+            f32 weight = 0;
+            if (r < t.row_count) {
+                row = list[t.row_begin + r];
+                weight = ptx::ld_cg(l.head_weights(l.me.ep_rank, row_src_rank(row)) + row_token(row) * l.p.topk +
+                                    row_slot(row));
+            }
+            s.tile_rows[slot][r] = row;
+            s.tile_weights[slot][r] = weight;
+        }
+        __syncwarp();
+    }
+
+    // Partner: push_rows in pipeline/1_dispatch.cuh.
+    MOE_DEVICE bool wait_rows(const TileSlot& t, u32 slot) const {
+        bool ok = s.healthy != 0;
+        const u32 half = my_half();
+        for (u32 i = lane_id(); i < kRows && ok; i += 32) {
+            const u32 r = half * kRows + i;
+            if (r >= t.row_count) break;
+            const u32 row = s.tile_rows[slot][r];
+            ok = wait_acquire_sys(l, l.x_ready(l.me.ep_rank, row_src_rank(row), row_token(row)), l.p.step_deadline_ns,
+                                  story(kStep_dispatch, row_src_rank(row)));
+        }
+        return __all_sync(~0u, ok);
+    }
+
+    // The launch is lost: this tile's remaining stages pass with whatever they hold, and the store warp, which sees
+    // `healthy` through its partners' barriers, publishes nothing of it.
+    MOE_DEVICE void pass_stages(u32 count) {
+        if (lane_id() == 0) s.healthy = 0;
+        for (u32 i = 0; i < count; ++i, stage.advance()) {
+            wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());
+            if (lane_id() == 0) ptx::mbarrier_arrive(&s.tokens_full[stage.slot()]);
+        }
+    }
+
+    // Where this warp's rows and their scale factors start. In shared memory: 16 rows a lane would not fit the
+    // registers.
+    MOE_DEVICE void locate_rows(u32 slot) const {
+        const u32 half = my_half();
+        for (u32 i = lane_id(); i < kRows; i += 32) {
+            const u32 r = half * kRows + i, row = s.tile_rows[slot][r];
+            s.row_source[r] = l.recv_x(l.me.ep_rank, row_src_rank(row), row_token(row));
+            s.row_sf_source[r] = l.recv_x_sf(l.me.ep_rank, row_src_rank(row), row_token(row));
+        }
+        __syncwarp();
+    }
+
+    // Stage `stage_slot` is full for its share of this warp.
+    MOE_DEVICE void publish(u32 stage_slot) const {
+        ptx::fence_proxy_async();  // generic-proxy copies of this lane, before wgmma reads them
+        __syncwarp();
+        if (lane_id() == 0) ptx::mbarrier_arrive(&s.tokens_full[stage_slot]);
+    }
+
+    MOE_DEVICE void load_linear1(const TileSlot& t, u32 slot) {
+        const u32 k_blocks = l.p.hidden / kKBlock;
+        name_rows(t, slot);
+        if (!wait_rows(t, slot)) return pass_stages(k_blocks);
+        locate_rows(slot);
+        const u32 half = my_half(), lane = lane_id();
+        // Lane: 16-byte chunk lane % 8 of rows lane / 8 + 4 i. The swizzle of a row depends on i only by its parity.
+        const u32 first = half * kRows + lane / 8, chunk = lane % 8 * 16;
+        const u32 valid_steps = t.row_count > first ? ceil_div(t.row_count - first, 4) : 0;
+        const u32 to_even = swizzle_128b(first, chunk), to_odd = swizzle_128b(first + 4, chunk) - 4 * kKBlock;
+        for (u32 k = 0; k < k_blocks; ++k) {
+            wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());
+            auto& to = s.stages[stage.slot()];
+            const u32 tokens = ptx::shared_address(to.tokens);
+#pragma unroll 4
+            for (u32 i = 0; i < kSteps; ++i) {
+                ptx::cp_async_16(tokens + (i % 2 ? to_odd : to_even) + i * 4 * kKBlock,
+                                 s.row_source[first + i * 4] + k * kKBlock + chunk, i < valid_steps);
+            }
+            for (u32 r = half * kRows + lane; r < (half + 1) * kRows; r += 32)
+                ptx::cp_async_4(ptx::shared_address(&to.tokens_sf[r]), s.row_sf_source[r] + k, r < t.row_count);
+            ptx::cp_async_commit();
+            if (k != 0) {  // published one stage late: the copies just issued stay in flight
+                ptx::cp_async_wait<1>();
+                publish(stage.previous_slot());
+            }
+            stage.advance();
+        }
+        ptx::cp_async_wait<0>();
+        publish(stage.previous_slot());
+    }
+
+    // h images of this token block. The role's first warp copies; the second only keeps the arrival count at two.
+    MOE_DEVICE void load_linear2(const TileSlot& t, u32 slot) {
+        name_rows(t, slot);
+        const u32 half = my_half(), lane = lane_id();
+        const u32 k_blocks = l.p.intermediate / kKBlock;
+        const u32* ready = l.h_ready(t.m_block);
+        u32 ready_end = 0;  // k blocks known to be written
+        for (u32 k = 0; k < k_blocks; ++k, stage.advance()) {
+            if (half == 0 && k >= ready_end) {  // the needed block first, then as many of the next 31 as are there
+                const bool ok =
+                    s.healthy && wait_acquire_gpu(l, ready + k, l.p.arrive_deadline_ns + l.p.step_deadline_ns,
+                                                  story(kStep_swiglu, t.m_block));
+                if (!__all_sync(~0u, ok)) return pass_stages(k_blocks - k);
+                const bool there = k + lane < k_blocks && ptx::ld_acquire_gpu(ready + k + lane) == l.epoch;
+                const u32 missing = ~__ballot_sync(~0u, there);
+                ready_end = k + (missing ? __ffs(missing) - 1 : 32);
+            }
+            wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());
+            __syncwarp();  // all lanes' acquires above, before lane 0 reads what they announced
+            if (lane != 0) continue;
+            u64* full = &s.tokens_full[stage.slot()];
+            if (half == 1) {
+                ptx::mbarrier_arrive(full);
+                continue;
+            }
+            ptx::fence_proxy_async();  // acquired by generic loads, read by the async proxy
+            auto& to = s.stages[stage.slot()];
+            const u8* image = l.h_image(t.m_block, k, C::kHImageBytes);
+            ptx::mbarrier_arrive_expect_tx(full, C::kHImageBytes);
+            ptx::bulk_load(to.tokens, image, C::kTokensBytes, full);
+            ptx::bulk_load(to.tokens_sf, image + C::kTokensBytes, C::kBlockTokens * 4, full);
+        }
+        __syncwarp();
+    }
+};
+
+// Two warps.
+template <class C>
+MOE_DEVICE void load_tokens(const Launch& l, SharedStorage<C>& s) {
+    const bool small = s.table_offset[l.p.ep_size] <= C::kSmallTable;
+    TokenLoader<C> loader{l, s, small ? s.small_list : l.row_list(), {}};
+    for (RingPosition<kTileSlots> slot;; slot.advance()) {
+        wait_mbarrier(&s.tile_full[slot.slot()], slot.consumer_parity());
+        const TileSlot& t = s.tiles[slot.slot()];
+        if (t.kind == kTile_end) return;
+        if (t.kind == kTile_linear2) loader.load_linear2(t, slot.slot());
+        else loader.load_linear1(t, slot.slot());
+        __syncwarp();
+        if (lane_id() == 0) ptx::mbarrier_arrive(&s.tile_empty[slot.slot()]);
+    }
+}
+
+}  // namespace moe

@@ -1,0 +1,175 @@
+// Generated from megamoe/layout.py by `python -m megamoe layout --write-header`. Do not edit.
+#pragma once
+#include "prelude.cuh"
+
+namespace moe {
+
+constexpr u32 kMaxEpSize = 32;
+constexpr u32 kMaxVirtualRanks = 8;
+constexpr u32 kMaxTopk = 16;
+constexpr u32 kMaxLocalExperts = 256;
+constexpr u32 kHeadSliceTokens = 64;
+constexpr u32 kKBlock = 128;
+constexpr u32 kNBlock = 256;
+constexpr u32 kImageSfOffset = 32768;
+constexpr u32 kImageCopyBytes = 32784;
+constexpr u32 kImagePitchBytes = 32896;
+
+enum Role : u32 {
+    kRole_none,
+    kRole_plan,
+    kRole_weights,
+    kRole_tokens,
+    kRole_math,
+    kRole_store,
+    kRole_exchange,
+    kRole_exit
+};
+
+enum Step : u32 { kStep_none, kStep_dispatch, kStep_plan, kStep_linear1, kStep_swiglu, kStep_linear2, kStep_combine };
+
+enum Code : u32 { kCode_ok, kCode_timeout, kCode_expert_out_of_range, kCode_aborted_by_peer };
+
+struct RankParams {
+    u64 x;
+    u64 x_sf;
+    u64 topk_idx;
+    u64 topk_weights;
+    u64 num_tokens_ptr;
+    u64 y;
+    u64 linear1;
+    u64 linear2;
+    u64 local;
+    u64 status;
+    u64 linear1_dump;
+    u32 num_tokens;
+    u32 ep_rank;
+};
+static_assert(MOE_OFFSETOF(RankParams, x) == 0);
+static_assert(MOE_OFFSETOF(RankParams, x_sf) == 8);
+static_assert(MOE_OFFSETOF(RankParams, topk_idx) == 16);
+static_assert(MOE_OFFSETOF(RankParams, topk_weights) == 24);
+static_assert(MOE_OFFSETOF(RankParams, num_tokens_ptr) == 32);
+static_assert(MOE_OFFSETOF(RankParams, y) == 40);
+static_assert(MOE_OFFSETOF(RankParams, linear1) == 48);
+static_assert(MOE_OFFSETOF(RankParams, linear2) == 56);
+static_assert(MOE_OFFSETOF(RankParams, local) == 64);
+static_assert(MOE_OFFSETOF(RankParams, status) == 72);
+static_assert(MOE_OFFSETOF(RankParams, linear1_dump) == 80);
+static_assert(MOE_OFFSETOF(RankParams, num_tokens) == 88);
+static_assert(MOE_OFFSETOF(RankParams, ep_rank) == 92);
+static_assert(sizeof(RankParams) == 96);
+
+struct KernelParams {
+    u64 arena[32];
+    RankParams ranks[8];
+    u64 off_abort;
+    u64 off_head_ready;
+    u64 off_head_num_tokens;
+    u64 off_x_ready;
+    u64 off_combine_ready;
+    u64 off_head_idx;
+    u64 off_head_weights;
+    u64 off_recv_x;
+    u64 off_recv_x_sf;
+    u64 off_combine_y;
+    u64 off_control;
+    u64 off_record;
+    u64 off_range_ready;
+    u64 off_list_ready;
+    u64 off_h_ready;
+    u64 off_block_done;
+    u64 off_range_count;
+    u64 off_row_list;
+    u64 off_h;
+    u64 recv_x_pitch;
+    u64 recv_x_sf_pitch;
+    u64 head_pitch;
+    u64 arrive_deadline_ns;
+    u64 step_deadline_ns;
+    u32 ep_size;
+    u32 ctas_per_rank;
+    u32 hidden;
+    u32 intermediate;
+    u32 num_local_experts;
+    u32 topk;
+    u32 capacity;
+    u32 slices;
+    u32 order_group;
+    u32 order_lag;
+    u32 combine_columns;
+    u32 x_is_fp8;
+    u32 idx_is_int64;
+    u32 weights_are_bf16;
+    f32 swiglu_limit;
+    u32 pad;
+};
+static_assert(MOE_OFFSETOF(KernelParams, arena) == 0);
+static_assert(MOE_OFFSETOF(KernelParams, ranks) == 256);
+static_assert(MOE_OFFSETOF(KernelParams, off_abort) == 1024);
+static_assert(MOE_OFFSETOF(KernelParams, off_head_ready) == 1032);
+static_assert(MOE_OFFSETOF(KernelParams, off_head_num_tokens) == 1040);
+static_assert(MOE_OFFSETOF(KernelParams, off_x_ready) == 1048);
+static_assert(MOE_OFFSETOF(KernelParams, off_combine_ready) == 1056);
+static_assert(MOE_OFFSETOF(KernelParams, off_head_idx) == 1064);
+static_assert(MOE_OFFSETOF(KernelParams, off_head_weights) == 1072);
+static_assert(MOE_OFFSETOF(KernelParams, off_recv_x) == 1080);
+static_assert(MOE_OFFSETOF(KernelParams, off_recv_x_sf) == 1088);
+static_assert(MOE_OFFSETOF(KernelParams, off_combine_y) == 1096);
+static_assert(MOE_OFFSETOF(KernelParams, off_control) == 1104);
+static_assert(MOE_OFFSETOF(KernelParams, off_record) == 1112);
+static_assert(MOE_OFFSETOF(KernelParams, off_range_ready) == 1120);
+static_assert(MOE_OFFSETOF(KernelParams, off_list_ready) == 1128);
+static_assert(MOE_OFFSETOF(KernelParams, off_h_ready) == 1136);
+static_assert(MOE_OFFSETOF(KernelParams, off_block_done) == 1144);
+static_assert(MOE_OFFSETOF(KernelParams, off_range_count) == 1152);
+static_assert(MOE_OFFSETOF(KernelParams, off_row_list) == 1160);
+static_assert(MOE_OFFSETOF(KernelParams, off_h) == 1168);
+static_assert(MOE_OFFSETOF(KernelParams, recv_x_pitch) == 1176);
+static_assert(MOE_OFFSETOF(KernelParams, recv_x_sf_pitch) == 1184);
+static_assert(MOE_OFFSETOF(KernelParams, head_pitch) == 1192);
+static_assert(MOE_OFFSETOF(KernelParams, arrive_deadline_ns) == 1200);
+static_assert(MOE_OFFSETOF(KernelParams, step_deadline_ns) == 1208);
+static_assert(MOE_OFFSETOF(KernelParams, ep_size) == 1216);
+static_assert(MOE_OFFSETOF(KernelParams, ctas_per_rank) == 1220);
+static_assert(MOE_OFFSETOF(KernelParams, hidden) == 1224);
+static_assert(MOE_OFFSETOF(KernelParams, intermediate) == 1228);
+static_assert(MOE_OFFSETOF(KernelParams, num_local_experts) == 1232);
+static_assert(MOE_OFFSETOF(KernelParams, topk) == 1236);
+static_assert(MOE_OFFSETOF(KernelParams, capacity) == 1240);
+static_assert(MOE_OFFSETOF(KernelParams, slices) == 1244);
+static_assert(MOE_OFFSETOF(KernelParams, order_group) == 1248);
+static_assert(MOE_OFFSETOF(KernelParams, order_lag) == 1252);
+static_assert(MOE_OFFSETOF(KernelParams, combine_columns) == 1256);
+static_assert(MOE_OFFSETOF(KernelParams, x_is_fp8) == 1260);
+static_assert(MOE_OFFSETOF(KernelParams, idx_is_int64) == 1264);
+static_assert(MOE_OFFSETOF(KernelParams, weights_are_bf16) == 1268);
+static_assert(MOE_OFFSETOF(KernelParams, swiglu_limit) == 1272);
+static_assert(MOE_OFFSETOF(KernelParams, pad) == 1276);
+static_assert(sizeof(KernelParams) == 1280);
+
+struct KernelStatus {
+    u32 code;
+    u32 rank;
+    u32 cta;
+    u32 role;
+    u32 step;
+    u32 index;
+    u32 have;
+    u32 want;
+    u32 epoch;
+    u32 origin;
+};
+static_assert(MOE_OFFSETOF(KernelStatus, code) == 0);
+static_assert(MOE_OFFSETOF(KernelStatus, rank) == 4);
+static_assert(MOE_OFFSETOF(KernelStatus, cta) == 8);
+static_assert(MOE_OFFSETOF(KernelStatus, role) == 12);
+static_assert(MOE_OFFSETOF(KernelStatus, step) == 16);
+static_assert(MOE_OFFSETOF(KernelStatus, index) == 20);
+static_assert(MOE_OFFSETOF(KernelStatus, have) == 24);
+static_assert(MOE_OFFSETOF(KernelStatus, want) == 28);
+static_assert(MOE_OFFSETOF(KernelStatus, epoch) == 32);
+static_assert(MOE_OFFSETOF(KernelStatus, origin) == 36);
+static_assert(sizeof(KernelStatus) == 40);
+
+}  // namespace moe

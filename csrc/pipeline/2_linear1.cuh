@@ -1,0 +1,65 @@
+// linear1 and linear2 as the math warpgroups see them: tile after tile, K loop, epilogue, hand-over to the store warp.
+#pragma once
+#include "gemm/mainloop.cuh"
+#include "pipeline/3_swiglu.cuh"
+#include "pipeline/4_linear2.cuh"
+
+namespace moe {
+
+#ifdef DUMP_LINEAR1
+// Test builds only: the fp32 sums of linear1 as [row of the list, rounded up per expert][2 * intermediate], gate then
+// up.
+template <class C>
+MOE_DEVICE void dump_linear1(const Launch& l, const Accumulator<C>& acc, const TileSlot& t) {
+    if (t.kind != kTile_linear1 || l.me.linear1_dump == 0) return;
+    const u32 warp = warp_id(), r = lane_id() / 4, q = lane_id() % 4, width = 2 * l.p.intermediate;
+    f32* rows = reinterpret_cast<f32*>(l.me.linear1_dump) + u64(t.m_block) * C::kBlockTokens * width + t.n_block * 128;
+    for (u32 part = 0; part < 2; ++part)
+        for (u32 i = 0; i < Accumulator<C>::kN / 2; ++i) {
+            const u32 j = i / 4, low = i % 2, high = i / 2 % 2;  // D fragment: rows r + 8 high, columns 8 j + 2 q + low
+            u32 row, column, up;
+            if (C::kWeightsOnM) {
+                row = 8 * j + 2 * q + low, column = warp / 4 * 64 + part * 32 + warp % 4 * 8 + r, up = high;
+            } else {
+                row = warp * 16 + r + 8 * high, column = part * 64 + j / 2 * 8 + 2 * q + low, up = j % 2;
+            }
+            rows[u64(row) * width + up * l.p.intermediate + column] = acc.sum[part][i];
+        }
+}
+#endif
+
+// Eight warps.
+template <class C>
+MOE_DEVICE void compute_tiles(const Launch& l, SharedStorage<C>& s) {
+    RingPosition<C::kStages> stage;
+    // The tile's number is read back from its slot: kept in a register, it would be one too many for the accumulators.
+    for (u32 next = 0;;) {
+        wait_mbarrier(&s.tile_full[next % kTileSlots], next / kTileSlots & 1);
+        const TileSlot& t = s.tiles[next % kTileSlots];
+        if (t.kind == kTile_end) return;
+        Accumulator<C> acc;
+        accumulate(l, s, acc, stage, t);
+#ifdef DUMP_LINEAR1
+        dump_linear1(l, acc, t);
+#endif
+
+        const u32 number = t.number, slot = number % kTileSlots;
+        wait_mbarrier(&s.staging_empty, (number & 1) ^ 1);
+        const u32 warp = warp_id(), lane = lane_id();
+        if (t.kind == kTile_linear1) {
+            swiglu_and_quantize(l, s, acc, slot, warp, lane);
+        } else if constexpr (C::kWeightsOnM) {
+            stage_rows_weights_on_m(s, acc, warp, lane);
+        } else {
+            send_rows_tokens_on_m(l, s, acc, t, s.tile_rows[slot], warp, lane);
+        }
+        __syncwarp();
+        next = number + 1;
+        if (lane == 0) {
+            ptx::mbarrier_arrive(&s.staging_full);
+            ptx::mbarrier_arrive(&s.tile_empty[slot]);
+        }
+    }
+}
+
+}  // namespace moe

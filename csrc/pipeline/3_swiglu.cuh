@@ -1,0 +1,118 @@
+// swiglu: linear1's epilogue. h = silu(gate) * up * topk_weight, requantized to e4m3 per row and 128 columns, laid out
+// in the staging buffer as the stage image that linear2 will load: swizzled rows, then their scale factors. Partner:
+// store_h.
+#pragma once
+#include "gemm/mainloop.cuh"
+#include "ptx/convert.cuh"
+
+namespace moe {
+
+MOE_DEVICE f32 swiglu(f32 gate, f32 up, f32 limit, f32 weight) {
+    if (gate > limit) gate = limit;  // comparisons, not fmin: NaN must stay NaN
+    if (up > limit) up = limit;
+    if (up < -limit) up = -limit;
+    return gate * ptx::reciprocal_approx(1.0f + ptx::exp2_approx(gate * -1.4426950408889634f)) * up *
+           weight;  // exp(-x) = 2^(-x log2 e)
+}
+
+// Weights on M: a thread holds gate (row r) and up (row r + 8) of h column 8 (4 slab + warp) + r, for tokens 8 j + 2 q
+// + {0, 1}.
+template <class C>
+MOE_DEVICE void quantize_weights_on_m(const Launch& l, SharedStorage<C>& s, Accumulator<C>& acc, const f32* weights,
+                                      u32 warp, u32 lane) {
+    constexpr u32 kTokens = C::kBlockTokens;
+    const u32 r = lane / 4, q = lane % 4;
+    // h overwrites sum[part][4 j + c], c = 0, 1
+#pragma unroll
+    for (u32 j = 0; j < kTokens / 8; ++j) {
+        f32 amax[2] = {0, 0};
+#pragma unroll
+        for (u32 c = 0; c < 2; ++c) {
+            const f32 weight = weights[8 * j + 2 * q + c];
+#pragma unroll
+            for (u32 part = 0; part < 2; ++part) {
+                const f32 h = swiglu(acc.sum[part][4 * j + c], acc.sum[part][4 * j + 2 + c], l.p.swiglu_limit, weight);
+                acc.sum[part][4 * j + c] = h;
+                amax[c] = fmaxf(amax[c], fabsf(h));
+            }
+#pragma unroll
+            for (u32 d = 4; d < 32; d *= 2) amax[c] = fmaxf(amax[c], __shfl_xor_sync(~0u, amax[c], d));
+        }
+        if (r == 0) *reinterpret_cast<float2*>(&s.row_amax[warp][8 * j + 2 * q]) = make_float2(amax[0], amax[1]);
+    }
+    ptx::named_barrier_sync<kBarrierMath, kMathWarps * 32>();
+    f32* sf = reinterpret_cast<f32*>(s.staging + C::kTokensBytes);
+    const u32 thread = warp * 32 + lane;
+    if (thread < kTokens) {
+        f32 amax = 0;
+#pragma unroll
+        for (u32 w = 0; w < kMathWarps; ++w) amax = fmaxf(amax, s.row_amax[w][thread]);
+        sf[thread] = ptx::e4m3_sf(amax);
+        s.row_scale[thread] = ptx::reciprocal(ptx::e4m3_sf(amax));
+    }
+    ptx::named_barrier_sync<kBarrierMath, kMathWarps * 32>();
+    const u32 staging = ptx::shared_address(s.staging);
+#pragma unroll
+    for (u32 j = 0; j < kTokens / 8; ++j) {
+#pragma unroll
+        for (u32 c = 0; c < 2; ++c) {
+            const u32 token = 8 * j + 2 * q + c;
+            const f32 scale = s.row_scale[token];
+            const u32 pair = ptx::pack_e4m3(acc.sum[0][4 * j + c] * scale, acc.sum[1][4 * j + c] * scale);
+            const u32 column =
+                warp / 4 * 64 + warp % 4 * 8 + r;  // slab 2 (warp / 4); the other slab lies 32 columns on
+            ptx::st_shared_u8(staging + swizzle_128b(token, column), pair & 0xFF);
+            ptx::st_shared_u8(staging + swizzle_128b(token, column + 32), pair >> 8);
+        }
+    }
+}
+
+// Tokens on M: a thread holds rows r and r + 8, and of each half the h columns 64 half + 8 j + 2 q + {0, 1}.
+template <class C>
+MOE_DEVICE void quantize_tokens_on_m(const Launch& l, SharedStorage<C>& s, Accumulator<C>& acc, const f32* weights,
+                                     u32 warp, u32 lane) {
+    const u32 q = lane % 4, staging = ptx::shared_address(s.staging);
+    f32* sf = reinterpret_cast<f32*>(s.staging + C::kTokensBytes);
+#pragma unroll
+    for (u32 upper = 0; upper < 2; ++upper) {
+        const u32 row = warp * 16 + lane / 4 + upper * 8;
+        const f32 weight = weights[row];
+        f32 amax = 0;
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half)
+#pragma unroll
+            for (u32 j = 0; j < 8; ++j)
+#pragma unroll
+                for (u32 c = 0; c < 2; ++c) {
+                    const u32 i = 8 * j + 2 * upper + c;  // gate columns; up lies 4 registers on
+                    const f32 h = swiglu(acc.sum[half][i], acc.sum[half][i + 4], l.p.swiglu_limit, weight);
+                    acc.sum[half][i] = h;
+                    amax = fmaxf(amax, fabsf(h));
+                }
+        amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 1));
+        amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 2));
+        const f32 scale = ptx::reciprocal(ptx::e4m3_sf(amax));
+        if (q == 0) sf[row] = ptx::e4m3_sf(amax);
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half)
+#pragma unroll
+            for (u32 j = 0; j < 8; ++j) {
+                const u32 i = 8 * j + 2 * upper;
+                ptx::st_shared_u16(staging + swizzle_128b(row, half * 64 + j * 8 + q * 2),
+                                   ptx::pack_e4m3(acc.sum[half][i] * scale, acc.sum[half][i + 1] * scale));
+            }
+    }
+}
+
+template <class C>
+MOE_DEVICE void swiglu_and_quantize(const Launch& l, SharedStorage<C>& s, Accumulator<C>& acc, u32 slot, u32 warp,
+                                    u32 lane) {
+    if constexpr (C::kWeightsOnM) {
+        quantize_weights_on_m(l, s, acc, s.tile_weights[slot], warp, lane);
+    } else {
+        quantize_tokens_on_m(l, s, acc, s.tile_weights[slot], warp, lane);
+    }
+    ptx::fence_proxy_async();  // staging is read next by a bulk copy
+}
+
+}  // namespace moe

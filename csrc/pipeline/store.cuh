@@ -1,0 +1,86 @@
+// The store role: what a tile leaves behind, and the flags that say so. linear1: the h image, then h_ready. linear2:
+// rows to their owners; the last tile of a token block raises combine_ready for all its rows.
+#pragma once
+#include "config.cuh"
+#include "ptx/copy.cuh"
+#include "roles.cuh"
+#include "sched/order.cuh"
+#include "sync/ring.cuh"
+#include "sync/wait.cuh"
+
+namespace moe {
+
+template <class C>
+MOE_DEVICE void store_h(const Launch& l, SharedStorage<C>& s, const TileSlot& t, u32 lane) {
+    if (lane == 0) {
+        ptx::bulk_store(l.h_image(t.m_block, t.n_block, C::kHImageBytes), s.staging, C::kHImageBytes);
+        ptx::bulk_commit();
+        ptx::bulk_wait_read<0>();
+        ptx::mbarrier_arrive(&s.staging_empty);
+        ptx::bulk_wait_all();
+        ptx::fence_proxy_async();
+        ptx::st_release_gpu(l.h_ready(t.m_block) + t.n_block, l.epoch);  // partner: load_linear2
+    }
+    __syncwarp();
+}
+
+// Rows of this tile are on their way (weights on M: sent here). Completion chain: the math warps' stores ->
+// staging_full -> fence -> block_done -> its last arriver -> combine_ready at the owner.
+template <class C>
+MOE_DEVICE void store_rows(const Launch& l, SharedStorage<C>& s, const TileSlot& t, const u32* rows, u32 lane) {
+    if constexpr (C::kWeightsOnM) {
+        const u32 columns = min_u32(kNBlock, l.p.hidden - t.n_block * kNBlock);
+        for (u32 r = lane; r < t.row_count; r += 32) {
+            const u32 row = rows[r];
+            ptx::bulk_store(l.combine_y(row_src_rank(row), row_token(row), row_slot(row)) + t.n_block * kNBlock,
+                            s.staging + r * C::kStagingRowBytes, columns * 2);
+        }
+        ptx::bulk_commit();
+        ptx::bulk_wait_read<0>();
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(&s.staging_empty);
+        ptx::bulk_wait_all();
+        ptx::fence_proxy_async();
+    } else {
+        if (lane == 0) ptx::mbarrier_arrive(&s.staging_empty);
+    }
+    ptx::fence_acq_rel_sys();  // every lane: its own bulk stores, and the math warps' stores seen through staging_full
+    __syncwarp();
+    u32 is_last = 0;
+    if (lane == 0) {
+        is_last = ptx::atom_add_acq_rel_gpu(l.block_done(t.m_block), 1) + 1 == l.n_blocks2();
+        if (is_last) ptx::st_relaxed_gpu(l.block_done(t.m_block), 0);
+    }
+    is_last = __shfl_sync(~0u, is_last, 0);
+    if (!is_last) return;
+    __syncwarp();              // lane 0's acquire, before every lane's fence
+    ptx::fence_acq_rel_sys();  // after the acquire above: the other CTAs' rows, before the flags
+    for (u32 r = lane; r < t.row_count; r += 32) {
+        const u32 row = rows[r];
+        ptx::st_relaxed_sys(l.combine_ready(row_src_rank(row), row_token(row), row_slot(row)),
+                            l.epoch);  // partner: wait_slots
+    }
+}
+
+// One warp.
+template <class C>
+MOE_DEVICE void store_tiles(const Launch& l, SharedStorage<C>& s, u32 lane) {
+    u32 parity = 0;
+    for (RingPosition<kTileSlots> slot;; slot.advance(), parity ^= 1) {
+        wait_mbarrier(&s.tile_full[slot.slot()], slot.consumer_parity());
+        const TileSlot& t = s.tiles[slot.slot()];
+        if (t.kind == kTile_end) return;
+        wait_mbarrier(&s.staging_full, parity);
+        if (!s.healthy) {  // lost: what the tile holds must not be published
+            if (lane == 0) ptx::mbarrier_arrive(&s.staging_empty);
+        } else if (t.kind == kTile_linear1) {
+            store_h(l, s, t, lane);
+        } else {
+            store_rows(l, s, t, s.tile_rows[slot.slot()], lane);
+        }
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(&s.tile_empty[slot.slot()]);
+    }
+}
+
+}  // namespace moe

@@ -1,0 +1,36 @@
+// Which warp does what for the whole launch, and what it costs in registers.
+#pragma once
+#include "prelude.cuh"
+
+namespace moe {
+
+constexpr u32 kNumThreads = 512;
+// warps 0-7   math      wgmma, swiglu, linear2 rows           (two warpgroups)
+// warp  8     weights   tickets, tile slots, weight images    (plan step first, as all of warps 0-11)
+// warps 9-10  tokens    gathers rows for linear1, h images for linear2
+// warp  11    store     h images and linear2 rows out, readiness flags
+// warps 12-15 exchange  dispatch: routing and rows to the peers; then combine
+constexpr u32 kWeightsWarp = 8, kTokensWarp = 9, kStoreWarp = 11, kExchangeWarp = 12;
+constexpr u32 kMathWarps = 8, kTokensWarps = 2, kExchangeWarps = 4, kPlanWarps = 12;
+constexpr u32 kTileReaders = kMathWarps + kTokensWarps + 1;
+
+constexpr u32 kMathRegisters = 208, kOtherRegisters = 48;
+static_assert(2 * 128 * (kMathRegisters + kOtherRegisters) == 65536, "the register file is shared out exactly");
+
+// Read again in each step on purpose: a value the compiler may not keep costs no register across the main loop, where
+// the accumulators need all of them.
+MOE_DEVICE u32 lane_id() {
+    u32 v;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(v));
+    return v;
+}
+MOE_DEVICE u32 warp_id() {
+    u32 v;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+    return v / 32;
+}
+
+// Named barriers (0 is __syncthreads).
+constexpr int kBarrierPlan = 1, kBarrierMath = 2;
+
+}  // namespace moe

@@ -1,0 +1,175 @@
+// The plan step on the device: joins the routing tables of all sources, counts rows per local expert, and writes the
+// list of rows sorted by (expert, source, token, slot). No atomics: every rank that sees the same tables gets the same
+// list. Up to kSmallTable slots each CTA does it alone; above, each CTA takes one range and the grid meets twice.
+#pragma once
+#include "config.cuh"
+#include "roles.cuh"
+#include "sched/order.cuh"
+#include "sync/grid.cuh"
+
+namespace moe {
+
+// Waits for every source's routing. Partner: push_head in pipeline/1_dispatch.cuh.
+template <class C>
+MOE_DEVICE bool wait_heads(const Launch& l, SharedStorage<C>& s, u32 thread) {
+    const u32 me = l.me.ep_rank;
+    if (thread < l.p.ep_size) {
+        const bool ok = wait_acquire_sys(l, l.head_ready(me, thread, 0), l.p.arrive_deadline_ns,
+                                         {kRole_plan, kStep_dispatch, thread});
+        if (!ok) s.healthy = 0;
+        s.num_tokens[thread] = ok ? min_u32(ptx::ld_cg(l.head_num_tokens(me, thread)), l.p.capacity) : 0;
+    }
+    ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
+    if (thread == 0) {
+        u32 sum = 0;
+        for (u32 src = 0; src < l.p.ep_size; ++src) {
+            s.table_offset[src] = sum;
+            sum += s.num_tokens[src] * l.p.topk;
+        }
+        s.table_offset[l.p.ep_size] = sum;
+    }
+    for (u32 src = 0; src < l.p.ep_size; ++src) {
+        for (u32 slice = thread + 1; slice * kHeadSliceTokens < s.num_tokens[src]; slice += kPlanWarps * 32) {
+            if (!wait_acquire_sys(l, l.head_ready(me, src, slice), l.p.arrive_deadline_ns,
+                                  {kRole_plan, kStep_dispatch, src}))
+                s.healthy = 0;
+        }
+    }
+    ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
+    return s.healthy != 0;
+}
+
+// One slot of the joined table: its local expert (kMaxLocalExperts = not here) and its row name.
+struct TableEntry {
+    u32 expert, row;
+};
+
+template <class C>
+MOE_DEVICE TableEntry read_entry(const Launch& l, SharedStorage<C>& s, u32 position, u32 end) {
+    if (position >= end) return {kMaxLocalExperts, 0};
+    const u32 src = find_expert(s.table_offset, l.p.ep_size, position);
+    const u32 slot_index = position - s.table_offset[src];
+    const i32 id =
+        static_cast<i32>(ptx::ld_cg(reinterpret_cast<const u32*>(l.head_idx(l.me.ep_rank, src)) + slot_index));
+    if (id < -1 || id >= static_cast<i32>(l.num_experts())) {
+        give_up(l, kCode_expert_out_of_range, {kRole_plan, kStep_plan, slot_index / l.p.topk}, static_cast<u32>(id),
+                l.num_experts());
+        s.healthy = 0;
+        return {kMaxLocalExperts, 0};
+    }
+    const u32 first = l.me.ep_rank * l.p.num_local_experts,
+              expert = static_cast<u32>(id) - first;  // -1 wraps far out of range
+    if (expert >= l.p.num_local_experts) return {kMaxLocalExperts, 0};
+    return {expert, pack_row(src, slot_index / l.p.topk, slot_index % l.p.topk)};
+}
+
+// Exclusive sums of `count` over the experts: rows, and blocks of C::kBlockTokens rows. One warp, 8 experts a lane.
+template <class C>
+MOE_DEVICE void offsets_of(const Launch& l, SharedStorage<C>& s, const u32* count, u32 lane) {
+    constexpr u32 kPerLane = kMaxLocalExperts / 32;
+    u32 rows = 0, blocks = 0;
+    for (u32 i = 0; i < kPerLane; ++i) {
+        const u32 e = lane * kPerLane + i, c = e < l.p.num_local_experts ? count[e] : 0;
+        rows += c, blocks += ceil_div(c, C::kBlockTokens);
+    }
+    u32 rows_before = rows, blocks_before = blocks;
+#pragma unroll
+    for (u32 d = 1; d < 32; d *= 2) {
+        const u32 r = __shfl_up_sync(~0u, rows_before, d), b = __shfl_up_sync(~0u, blocks_before, d);
+        if (lane >= d) rows_before += r, blocks_before += b;
+    }
+    rows_before -= rows, blocks_before -= blocks;
+    for (u32 i = 0; i < kPerLane; ++i) {
+        const u32 e = lane * kPerLane + i, c = e < l.p.num_local_experts ? count[e] : 0;
+        s.row_offset[e] = rows_before, s.block_offset[e] = blocks_before;
+        rows_before += c, blocks_before += ceil_div(c, C::kBlockTokens);
+    }
+    if (lane == 31) {
+        s.row_offset[kMaxLocalExperts] = rows_before, s.block_offset[kMaxLocalExperts] = blocks_before;
+        s.num_m_blocks = blocks_before;
+    }
+}
+
+// Scratch of the plan step: lies in the last stage, which is loaded long after it.
+struct PlanScratch {
+    u32 histogram[kPlanWarps][kMaxLocalExperts];
+    u32 count[kMaxLocalExperts];
+};
+
+template <class C>
+MOE_DEVICE bool is_small_table(const SharedStorage<C>& s, u32 ep_size) {
+    return s.table_offset[ep_size] <= C::kSmallTable;
+}
+
+// Called by all plan threads. False: the launch is lost.
+template <class C>
+MOE_DEVICE bool build_row_list(const Launch& l, SharedStorage<C>& s, u32 thread) {
+    PlanScratch& scratch = *reinterpret_cast<PlanScratch*>(&s.stages[C::kStages - 1]);
+    static_assert(sizeof(PlanScratch) <= C::kStageBytes);
+    const u32 warp = thread / 32, lane = thread % 32;
+    for (u32 i = thread; i < kPlanWarps * kMaxLocalExperts; i += kPlanWarps * 32) scratch.histogram[0][i] = 0;
+    if (!wait_heads(l, s, thread)) return false;
+
+    const u32 total = s.table_offset[l.p.ep_size];
+    const bool small = is_small_table(s, l.p.ep_size);
+    const u32 range = small ? total : ceil_div(total, l.num_ctas);
+    const u32 begin = small ? 0 : min_u32(l.cta * range, total), end = min_u32(begin + range, total);
+    const u32 per_warp = align_up(ceil_div(range, kPlanWarps), 32);
+    const u32 warp_begin = min_u32(begin + warp * per_warp, end), warp_end = min_u32(warp_begin + per_warp, end);
+    u32* histogram = scratch.histogram[warp];
+
+    for (u32 base = warp_begin; base < warp_end; base += 32) {
+        const TableEntry entry = read_entry(l, s, base + lane, warp_end);
+        const u32 peers = __match_any_sync(~0u, entry.expert);
+        if (entry.expert != kMaxLocalExperts && lane == __ffs(peers) - 1) histogram[entry.expert] += __popc(peers);
+        __syncwarp();
+    }
+    ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
+
+    u32 own = 0;  // this CTA's rows of expert `thread`; the histogram becomes the rows of the warps before
+    if (thread < kMaxLocalExperts) {
+        for (u32 w = 0; w < kPlanWarps; ++w) {
+            const u32 c = scratch.histogram[w][thread];
+            scratch.histogram[w][thread] = own;
+            own += c;
+        }
+        scratch.count[thread] = own;
+    }
+    u32 before = 0;  // rows of expert `thread` in the ranges of the CTAs before
+    if (!small) {
+        if (thread < l.p.num_local_experts) l.range_count(l.cta)[thread] = own;
+        if (!grid_rendezvous(l, l.range_ready(0), thread, &s.healthy, 0)) return false;
+        if (thread < l.p.num_local_experts) {
+            u32 all = 0;
+            for (u32 c = 0; c < l.num_ctas; ++c) {
+                const u32 n = ptx::ld_cg(l.range_count(c) + thread);
+                all += n;
+                if (c < l.cta) before += n;
+            }
+            scratch.count[thread] = all;
+        }
+    }
+    ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
+    if (warp == 0) offsets_of(l, s, scratch.count, lane);
+    ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
+    if (thread < l.p.num_local_experts) {
+        for (u32 w = 0; w < kPlanWarps; ++w) scratch.histogram[w][thread] += s.row_offset[thread] + before;
+    }
+    ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
+
+    u32* list = small ? s.small_list : l.row_list();
+    for (u32 base = warp_begin; base < warp_end; base += 32) {
+        const TableEntry entry = read_entry(l, s, base + lane, warp_end);
+        const u32 peers = __match_any_sync(~0u, entry.expert);
+        const bool here = entry.expert != kMaxLocalExperts;
+        if (here) list[histogram[entry.expert] + __popc(peers & ((1u << lane) - 1))] = entry.row;
+        __syncwarp();
+        if (here && lane == __ffs(peers) - 1) histogram[entry.expert] += __popc(peers);
+        __syncwarp();
+    }
+    if (!small) return grid_rendezvous(l, l.list_ready(0), thread, &s.healthy, 1);
+    ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
+    return s.healthy != 0;
+}
+
+}  // namespace moe

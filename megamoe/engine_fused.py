@@ -1,0 +1,232 @@
+"""The CUDA engine: weights as images, one kernel launch a call. The workspace half holds what layers share on a GPU."""
+
+import ctypes
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from megamoe import layout
+from megamoe.builds import kernel_build
+from megamoe.config import MoEConfig
+from megamoe.errors import ErrorRecord, MegaMoEError
+from megamoe.quant.weights import image_shape, pack_expert
+from megamoe.steps import ExpertWeights, RankInput
+from megamoe_cuda.compile import compile_kernel
+from megamoe_cuda.device import device_info
+from megamoe_cuda.launch import LoadedKernel, read_symbol_u32
+from megamoe_cuda.symmetric import HostStatus, NvshmemMemory, OneGpuMemory
+
+NUM_THREADS = 512
+EXCHANGE_WARPS = 4  # of a CTA; with the CTA count, how many combine items run at once
+COMBINE_STEP = 256  # columns a warp sums at once
+
+
+def choose_block_tokens(config: MoEConfig, ep_size: int, num_tokens_bound: int) -> int:
+    """Tokens of a tile, from values equal on all ranks.
+
+    With r rows an expert on average, the smallest block that holds r and 1.5 standard deviations of a uniform routing:
+    a second block of the same expert reads its weights again. Beyond 64, tokens go to the wgmma M side.
+    """
+    rows = max(num_tokens_bound, 1) * ep_size * config.topk / config.num_experts
+    wanted = rows + 1.5 * math.sqrt(rows)
+    return next((block for block in layout.BLOCK_TOKENS if block >= wanted), layout.BLOCK_TOKENS[-1])
+
+
+class FusedWorkspace:
+    """Symmetric arena, local workspace, status record and loaded kernels of one process.
+
+    Every kernel that the workspace's layers can choose is compiled here, before any launch: a rank that compiles while
+    its peers wait would eat their deadline.
+    """
+
+    def __init__(self, workspace):
+        self.device = workspace.device
+        self.ep_size, self.num_ranks = workspace.ep_size, workspace.num_ranks_here
+        self.first_rank = 0 if workspace.ep_config.virtual_ranks else workspace.ep_rank
+        self.ep_config = workspace.ep_config
+        with torch.cuda.device(self.device):
+            torch.cuda.current_stream().synchronize()  # makes the context current for the driver calls below
+            num_sms = min(workspace.ep_config.num_sms or 10**6, device_info(self.device.index).num_sms)
+            self.ctas_per_rank = num_sms // self.num_ranks
+            if self.ctas_per_rank < 1:
+                raise ValueError(
+                    f"num_sms={num_sms} is less than virtual_ranks={self.num_ranks}; give each rank one SM"
+                )
+            self.dims = layout.dims_of(workspace.moe_configs, self.ep_config, self.ep_size, self.ctas_per_rank)
+            self.regions, arena_bytes, local_bytes = layout.place(self.dims)
+            self.kernels = self._load_kernels(workspace.moe_configs)
+            if self.num_ranks == self.ep_size:
+                self.memory = OneGpuMemory(arena_bytes, self.ep_size, self.device)
+            else:
+                self.memory = NvshmemMemory(arena_bytes, workspace.group, self.device)
+            self.local = [
+                torch.zeros(local_bytes, dtype=torch.uint8, device=self.device) for _ in range(self.num_ranks)
+            ]
+            self.status = HostStatus(self.num_ranks * ctypes.sizeof(layout.KernelStatus))
+            self._clear()
+
+    def _load_kernels(self, configs) -> dict[int, LoadedKernel]:
+        largest = [choose_block_tokens(c, self.ep_size, self.ep_config.num_max_tokens_per_rank) for c in configs]
+        smallest = [choose_block_tokens(c, self.ep_size, 1) for c in configs]
+        wanted = [block for block in layout.BLOCK_TOKENS if min(smallest) <= block <= max(largest)]
+        builds = [kernel_build(block) for block in wanted]
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            compiled = list(pool.map(lambda b: compile_kernel(b.source, b.entry, b.defines), builds))
+        kernels = {}
+        for block, build, kernel in zip(wanted, builds, compiled, strict=True):
+            shared_bytes = read_symbol_u32(kernel.cubin, "mega_moe_shared_bytes")
+            kernels[block] = LoadedKernel(kernel.cubin, build.entry, shared_bytes)
+        return kernels
+
+    def _clear(self) -> None:
+        """Flags and counters to zero, epoch to 1, on all ranks between two barriers."""
+        self.memory.barrier()
+        for region in self.regions:
+            if region.name in layout.ZEROED:
+                for base in self.memory.local if region.where == "symmetric" else self.local:
+                    base[region.offset : region.offset + region.bytes].zero_()
+        control = next(r for r in self.regions if r.name == "control")
+        for base in self.local:
+            base[control.offset : control.offset + 4].view(torch.int32).fill_(1)
+        self.status.host[:] = 0
+        self.memory.barrier()
+
+    def base_params(self) -> layout.KernelParams:
+        """The fields that no layer and no call changes."""
+        p = layout.KernelParams()
+        p.arena[: self.ep_size] = self.memory.base_ptrs
+        for region in self.regions:
+            setattr(p, f"off_{region.name}", region.offset)
+        d = self.dims
+        p.recv_x_pitch = d.capacity * d.hidden
+        p.recv_x_sf_pitch = d.capacity * (d.hidden // layout.K_BLOCK) * 4
+        p.head_pitch = d.capacity * d.topk
+        p.arrive_deadline_ns = int(self.ep_config.arrive_deadline_s * 1e9)
+        p.step_deadline_ns = int(self.ep_config.step_deadline_s * 1e9)
+        p.ep_size, p.ctas_per_rank = self.ep_size, self.ctas_per_rank
+        p.capacity, p.slices = d.capacity, d.slices
+        record_bytes = ctypes.sizeof(layout.KernelStatus)
+        for i in range(self.num_ranks):
+            p.ranks[i].local = self.local[i].data_ptr()
+            p.ranks[i].status = self.status.device_ptr + i * record_bytes
+            p.ranks[i].ep_rank = self.first_rank + i
+        return p
+
+    def check(self) -> None:
+        """Raise the device's record, if any. Reads pinned memory; does not wait for the GPU."""
+        records = (layout.KernelStatus * self.num_ranks).from_buffer(self.status.host)
+        found = [r for r in records if r.code]
+        if not found:
+            return
+        r = next((r for r in found if layout.CODES[r.code] != "aborted_by_peer"), found[0])
+        code = layout.CODES[r.code]
+        record = ErrorRecord(r.rank, r.cta, layout.ROLES[r.role], layout.STEPS[r.step], r.index, r.have, r.want)
+        if code == "aborted_by_peer":
+            raise MegaMoEError(f"launch {r.epoch} was ended by rank {r.origin}, whose own error says why", record)
+        if code == "expert_out_of_range":
+            signed = r.have - (1 << 32) if r.have >> 31 else r.have
+            raise MegaMoEError(
+                f"topk_idx of token {r.index} names expert {signed}; legal are -1 and 0 to {r.want - 1}", record
+            )
+        raise MegaMoEError(f"launch {r.epoch}: {_story(record)}", record)
+
+    def reset(self) -> None:
+        """Collective. Waits for the GPU, clears flags, counters, epoch and the record."""
+        self._clear()
+
+    def close(self) -> None:
+        """Collective: gives the symmetric memory back after all ranks' work is done."""
+        torch.cuda.synchronize(self.device)
+        self.memory.close()
+        self.status.close()
+        for kernel in self.kernels.values():
+            kernel.close()
+        self.kernels, self.local = {}, []
+
+
+def _story(r: ErrorRecord) -> str:
+    waited_for = {
+        ("plan", "dispatch"): f"no routing table from rank {r.index}: it did not launch this call, or is gone",
+        ("tokens", "dispatch"): f"token rows from rank {r.index} did not arrive",
+        ("tokens", "swiglu"): f"the SwiGLU output of token block {r.index} was not written",
+        ("exchange", "combine"): f"the expert rows of token {r.index} did not come back",
+    }
+    return waited_for.get((r.role, r.step), "a wait inside the kernel passed its deadline")
+
+
+class FusedEngine:
+    """Holds one layer's weight images and its prepared parameters."""
+
+    def __init__(self, config: MoEConfig, workspace):
+        self.config, self.shared = config, workspace.fused
+        self.images: list[tuple[Tensor, Tensor]] = []
+        shared = self.shared
+        sizes = (config.num_local_experts(shared.ep_size), config.hidden, config.intermediate)
+        self.shapes = image_shape(1, *sizes), image_shape(2, *sizes)
+        self.params = shared.base_params()
+        p = self.params
+        p.hidden, p.intermediate, p.topk = config.hidden, config.intermediate, config.topk
+        p.num_local_experts = sizes[0]
+        p.swiglu_limit = math.inf if config.swiglu_limit is None else config.swiglu_limit
+
+    def load_weights(self, weights: list[ExpertWeights]) -> None:
+        """weights: one per rank held here. Packed expert by expert; in place from the second time on."""
+        if not self.images:
+            self.images = [
+                tuple(torch.empty(s, dtype=torch.uint8, device=self.shared.device) for s in self.shapes)
+                for _ in weights
+            ]
+            for rank, (linear1, linear2) in zip(self.params.ranks, self.images, strict=False):
+                rank.linear1, rank.linear2 = linear1.data_ptr(), linear2.data_ptr()
+        for (linear1, linear2), w in zip(self.images, weights, strict=True):
+            for e in range(linear1.shape[0]):
+                pack_expert(1, w.linear1[e], w.linear1_sf[e], linear1[e])
+                pack_expert(2, w.linear2[e], w.linear2_sf[e], linear2[e])
+
+    def forward(self, inputs: list[RankInput], num_tokens_bound: int, outs: list[Tensor | None]) -> list[Tensor]:
+        shared, p = self.shared, self.params
+        shared.check()
+        _check_equal_dtypes(inputs)
+        hidden = self.config.hidden
+        outs = [
+            torch.empty(i.x.shape[0], hidden, dtype=torch.bfloat16, device=shared.device) if out is None else out
+            for i, out in zip(inputs, outs, strict=True)
+        ]
+        for rank, i, out in zip(p.ranks, inputs, outs, strict=False):
+            rank.x, rank.x_sf = i.x.data_ptr(), 0 if i.x_sf is None else i.x_sf.data_ptr()
+            rank.topk_idx, rank.topk_weights = i.topk_idx.data_ptr(), i.topk_weights.data_ptr()
+            rank.num_tokens_ptr = 0 if i.num_tokens is None else i.num_tokens.data_ptr()
+            rank.y, rank.num_tokens = out.data_ptr(), i.x.shape[0]
+        first = inputs[0]
+        p.x_is_fp8 = first.x_sf is not None
+        p.idx_is_int64 = first.topk_idx.dtype == torch.int64
+        p.weights_are_bf16 = first.topk_weights.dtype == torch.bfloat16
+
+        block = choose_block_tokens(self.config, shared.ep_size, num_tokens_bound)
+        # Few rows an expert: all of linear1, then all of linear2. Many: waves of 8 blocks, linear2 three waves behind.
+        p.order_group, p.order_lag = (1, 1 << 20) if block <= 64 else (8, 3)
+        warps = shared.ctas_per_rank * EXCHANGE_WARPS
+        p.combine_columns = min(
+            hidden, math.ceil(max(num_tokens_bound, 1) * hidden / warps / COMBINE_STEP) * COMBINE_STEP
+        )
+        with torch.cuda.device(shared.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            shared.kernels[block].launch(stream, shared.ctas_per_rank * shared.num_ranks, NUM_THREADS, p)
+        return outs
+
+    def check(self) -> None:
+        self.shared.check()
+
+    def close(self) -> None:
+        self.images = []
+
+
+def _check_equal_dtypes(inputs: list[RankInput]) -> None:
+    # One launch serves all virtual ranks with one set of dtypes
+    kinds = {(i.x.dtype, i.topk_idx.dtype, i.topk_weights.dtype) for i in inputs}
+    if len(kinds) > 1:
+        raise TypeError(
+            f"hidden_states, topk_idx and topk_weights have dtypes {kinds}; use the same on all virtual ranks"
+        )

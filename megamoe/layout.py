@@ -1,0 +1,296 @@
+"""The symmetric arena, the local workspace and the kernel's parameter struct, described once.
+
+Everything that host and device must agree on is a row of this file: `REGIONS` (what lies in memory, who writes and
+who reads it), `RankParams` and `KernelParams` (the one by-value kernel parameter), `ROLES` and `STEPS` (the words of an
+error record) and `KernelStatus` (that record). `render_header()` writes `csrc/params.gen.cuh` from them; a test keeps
+it fresh.
+
+Offsets are the same for every layer that shares a workspace: each region is sized by its largest layer, and inside a
+region each source rank's part starts at a fixed pitch. A rank that is one call ahead may therefore never write into
+bytes that a slower rank still reads (ARCHITECTURE.md, "Why there is no exit barrier").
+"""
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+MAX_EP_SIZE = 32  # a bit of a 32-bit mask per destination rank
+MAX_VIRTUAL_RANKS = 8
+MAX_TOPK = 16  # four bits of a row's name
+MAX_LOCAL_EXPERTS = 256  # shared-memory tables of the plan step
+MAX_TOKENS = 1 << 20  # twenty bits of a row's name
+HEAD_SLICE_TOKENS = 64  # tokens whose routing travels behind one flag
+
+K_BLOCK = 128  # columns of a scale factor, bytes of a swizzled row, K of a stage
+N_BLOCK = 256  # weight rows of an image and of a tile
+IMAGE_SF_OFFSET = N_BLOCK * K_BLOCK
+IMAGE_COPY_BYTES = IMAGE_SF_OFFSET + 16  # what one bulk copy moves: e4m3 values, two fp32 scale factors, padding
+IMAGE_PITCH_BYTES = IMAGE_SF_OFFSET + 128
+
+# Tokens of a tile. Up to 64 rows the weights lie on the wgmma M side and tokens on N; 128 puts the tokens on M.
+BLOCK_TOKENS = (8, 16, 32, 64, 128)
+
+ROLES = ("none", "plan", "weights", "tokens", "math", "store", "exchange", "exit")
+STEPS = ("none", "dispatch", "plan", "linear1", "swiglu", "linear2", "combine")
+CODES = ("ok", "timeout", "expert_out_of_range", "aborted_by_peer")
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes that fix a workspace: the largest of every layer that shares it."""
+
+    ep_size: int
+    capacity: int
+    hidden: int
+    intermediate: int
+    num_local_experts: int
+    topk: int
+    num_ctas: int
+
+    @property
+    def rows(self) -> int:
+        """Most (token, slot) rows that one rank can receive."""
+        return self.ep_size * self.capacity * self.topk
+
+    def m_blocks(self, block_tokens: int) -> int:
+        """Most token blocks of one rank: every local expert can end in one partial block."""
+        return self.rows // block_tokens + self.num_local_experts
+
+    @property
+    def max_m_blocks(self) -> int:
+        return max(self.m_blocks(b) for b in BLOCK_TOKENS)
+
+    @property
+    def slices(self) -> int:
+        return max(1, math.ceil(self.capacity / HEAD_SLICE_TOKENS))
+
+
+@dataclass(frozen=True)
+class Region:
+    """One row of the memory table. `shape` gives elements of `dtype`; peers address only `where='symmetric'`."""
+
+    name: str
+    where: str
+    dtype: str
+    shape: Callable[[Dims], tuple[int, ...]]
+    writer: str
+    reader: str
+    meaning: str
+
+    def nbytes(self, dims: Dims) -> int:
+        return math.prod(self.shape(dims)) * DTYPE_BYTES[self.dtype]
+
+
+DTYPE_BYTES = {"u8": 1, "e4m3": 1, "bf16": 2, "u32": 4, "i32": 4, "f32": 4}
+
+# Flag words hold the number of the launch (epoch) that wrote them, so nothing clears them between launches.
+# fmt: off
+REGIONS = (
+    Region("abort", "symmetric", "u32", lambda d: (1,),
+           "any rank that gives up", "every wait", "1 + rank that gave up; 0 = healthy"),
+    Region("head_ready", "symmetric", "u32", lambda d: (2, d.ep_size, d.slices),
+           "source's exchange warps", "plan warps", "epoch of 64 tokens' routing; two banks by epoch parity"),
+    Region("head_num_tokens", "symmetric", "u32", lambda d: (2, d.ep_size),
+           "source's exchange warps", "plan warps", "tokens of a source rank"),
+    Region("x_ready", "symmetric", "u32", lambda d: (d.ep_size, d.capacity),
+           "source's exchange warps", "tokens warps", "epoch of a received row"),
+    Region("combine_ready", "symmetric", "u32", lambda d: (d.capacity, MAX_TOPK),
+           "expert rank's store warp", "owner's exchange warps", "epoch of a combine_y row"),
+    Region("head_idx", "symmetric", "i32", lambda d: (2, d.ep_size, d.capacity, d.topk),
+           "source's exchange warps", "plan warps", "expert of each slot, -1 = unused"),
+    Region("head_weights", "symmetric", "f32", lambda d: (2, d.ep_size, d.capacity, d.topk),
+           "source's exchange warps", "tokens warps", "top-k weights"),
+    Region("recv_x", "symmetric", "e4m3", lambda d: (d.ep_size, d.capacity, d.hidden),
+           "source's exchange warps", "tokens warps", "token rows, once per (token, rank)"),
+    Region("recv_x_sf", "symmetric", "f32", lambda d: (d.ep_size, d.capacity, d.hidden // K_BLOCK),
+           "source's exchange warps", "tokens warps", "their scale factors"),
+    Region("combine_y", "symmetric", "bf16", lambda d: (d.capacity, d.topk, d.hidden),
+           "expert rank's store or math warps", "owner's exchange warps", "linear2 rows, one per slot"),
+    Region("control", "local", "u32", lambda d: (4,),
+           "last CTA of a launch", "all CTAs", "epoch, exit counter, ticket counter"),
+    Region("record", "local", "u32", lambda d: (8,),
+           "first wait to give up", "last CTA of the launch", "code, CTA, role, step, index, have, want, epoch"),
+    Region("range_ready", "local", "u32", lambda d: (d.num_ctas,),
+           "plan warps", "plan warps", "epoch of a CTA's counts"),
+    Region("list_ready", "local", "u32", lambda d: (d.num_ctas,),
+           "plan warps", "plan warps", "epoch of a CTA's part of row_list"),
+    Region("h_ready", "local", "u32", lambda d: (d.max_m_blocks, d.intermediate // K_BLOCK),
+           "store warp (linear1)", "tokens warp (linear2)", "epoch of an h image"),
+    Region("block_done", "local", "u32", lambda d: (d.max_m_blocks,),
+           "store warp (linear2)", "its last arriver, which zeroes it", "linear2 tiles done"),
+    Region("range_count", "local", "u32", lambda d: (d.num_ctas, MAX_LOCAL_EXPERTS),
+           "plan warps", "plan warps", "rows per CTA range and expert"),
+    Region("row_list", "local", "u32", lambda d: (d.rows,),
+           "plan warps", "tokens warps", "packed (source, token, slot), sorted by expert"),
+    Region("h", "local", "u8",
+           lambda d: (d.rows + max(BLOCK_TOKENS) * d.num_local_experts, d.intermediate // K_BLOCK, K_BLOCK + 4),
+           "store warp (linear1)", "tokens warp (linear2)", "SwiGLU output: e4m3 rows and their scale factors"),
+)
+# fmt: on
+REGION_ALIGN = 1024
+# Words that must be zero before the first launch and after a failed one; the rest may hold anything.
+ZEROED = (
+    "abort",
+    "head_ready",
+    "x_ready",
+    "combine_ready",
+    "control",
+    "range_ready",
+    "list_ready",
+    "h_ready",
+    "block_done",
+)
+
+
+class RankParams(ctypes.Structure):
+    """What one rank's CTAs see: the caller's tensors of this call, the weight images, the rank's own workspace."""
+
+    _fields_ = (
+        ("x", ctypes.c_uint64),  # bf16 or e4m3 [num_tokens, hidden]
+        ("x_sf", ctypes.c_uint64),  # fp32 [num_tokens, hidden / 128]; 0 with bf16 input
+        ("topk_idx", ctypes.c_uint64),  # int32 or int64 [num_tokens, topk]
+        ("topk_weights", ctypes.c_uint64),  # fp32 or bf16 [num_tokens, topk]
+        ("num_tokens_ptr", ctypes.c_uint64),  # device int32, or 0
+        ("y", ctypes.c_uint64),  # bf16 [num_tokens, hidden]
+        ("linear1", ctypes.c_uint64),  # weight images
+        ("linear2", ctypes.c_uint64),
+        ("local", ctypes.c_uint64),  # base of the local workspace
+        ("status", ctypes.c_uint64),  # KernelStatus in pinned host memory
+        ("linear1_dump", ctypes.c_uint64),  # fp32 sums of linear1, in test builds; 0 otherwise
+        ("num_tokens", ctypes.c_uint32),  # rows of the caller's tensors
+        ("ep_rank", ctypes.c_uint32),
+    )
+
+
+class KernelParams(ctypes.Structure):
+    """The kernel's only parameter, passed by value."""
+
+    _fields_ = (
+        ("arena", ctypes.c_uint64 * MAX_EP_SIZE),  # every rank's symmetric arena, as addressed from here
+        ("ranks", RankParams * MAX_VIRTUAL_RANKS),
+        *((f"off_{region.name}", ctypes.c_uint64) for region in REGIONS),
+        ("recv_x_pitch", ctypes.c_uint64),  # bytes between two source ranks
+        ("recv_x_sf_pitch", ctypes.c_uint64),
+        ("head_pitch", ctypes.c_uint64),  # elements between two source ranks of head_idx and head_weights
+        ("arrive_deadline_ns", ctypes.c_uint64),  # until every rank has sent its routing
+        ("step_deadline_ns", ctypes.c_uint64),  # any later wait
+        ("ep_size", ctypes.c_uint32),
+        ("ctas_per_rank", ctypes.c_uint32),
+        ("hidden", ctypes.c_uint32),
+        ("intermediate", ctypes.c_uint32),
+        ("num_local_experts", ctypes.c_uint32),
+        ("topk", ctypes.c_uint32),
+        ("capacity", ctypes.c_uint32),
+        ("slices", ctypes.c_uint32),  # head slices of the workspace's capacity
+        ("order_group", ctypes.c_uint32),
+        ("order_lag", ctypes.c_uint32),
+        ("combine_columns", ctypes.c_uint32),  # columns of one combine item
+        ("x_is_fp8", ctypes.c_uint32),
+        ("idx_is_int64", ctypes.c_uint32),
+        ("weights_are_bf16", ctypes.c_uint32),
+        ("swiglu_limit", ctypes.c_float),  # +inf: no clamp
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class KernelStatus(ctypes.Structure):
+    """A device error, written once by the rank that met it. `code` is stored last, with release."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint32)
+        for name in ("code", "rank", "cta", "role", "step", "index", "have", "want", "epoch", "origin")
+    )
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A region with its size for given dimensions and its byte offset in the arena or the local workspace."""
+
+    name: str
+    where: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    offset: int
+    writer: str
+    reader: str
+    meaning: str
+
+
+def place(dims: Dims) -> tuple[list[Placed], int, int]:
+    """Returns the placed regions, the bytes of the symmetric arena and the bytes of the local workspace."""
+    ends = {"symmetric": 0, "local": 0}
+    placed = []
+    for r in REGIONS:
+        nbytes = r.nbytes(dims)
+        placed.append(
+            Placed(r.name, r.where, r.dtype, r.shape(dims), nbytes, ends[r.where], r.writer, r.reader, r.meaning)
+        )
+        ends[r.where] += math.ceil(nbytes / REGION_ALIGN) * REGION_ALIGN
+    return placed, ends["symmetric"], ends["local"]
+
+
+def dims_of(moe_configs: Sequence, ep_config, ep_size: int, num_ctas: int = 132) -> Dims:
+    """The dimensions of a workspace that serves all of `moe_configs`."""
+    return Dims(
+        ep_size=ep_size,
+        capacity=ep_config.num_max_tokens_per_rank,
+        hidden=max(c.hidden for c in moe_configs),
+        intermediate=max(c.intermediate for c in moe_configs),
+        num_local_experts=max(c.num_experts // ep_size for c in moe_configs),
+        topk=max(c.topk for c in moe_configs),
+        num_ctas=num_ctas,
+    )
+
+
+def regions(moe_configs: Sequence, ep_config, ep_size: int) -> list[Placed]:
+    """Every region of one rank, sized for all of `moe_configs`: what `plan_memory` explains."""
+    return place(dims_of(moe_configs, ep_config, ep_size))[0]
+
+
+CPP_TYPES = {ctypes.c_uint64: "u64", ctypes.c_uint32: "u32", ctypes.c_float: "f32"}
+CPP_ELEMENTS = {"u8": "u8", "e4m3": "u8", "bf16": "u16", "u32": "u32", "i32": "i32", "f32": "f32"}
+
+
+def _render_struct(struct: type[ctypes.Structure]) -> str:
+    lines, checks = [], []
+    for name, ctype in struct._fields_:
+        if hasattr(ctype, "_length_"):
+            element = ctype._type_
+            text = CPP_TYPES.get(element, element.__name__)
+            lines.append(f"    {text} {name}[{ctype._length_}];")
+        else:
+            lines.append(f"    {CPP_TYPES[ctype]} {name};")
+        checks.append(f"static_assert(MOE_OFFSETOF({struct.__name__}, {name}) == {getattr(struct, name).offset});")
+    checks.append(f"static_assert(sizeof({struct.__name__}) == {ctypes.sizeof(struct)});")
+    return f"struct {struct.__name__} {{\n" + "\n".join(lines) + "\n};\n" + "\n".join(checks) + "\n"
+
+
+def _render_enum(name: str, words: Sequence[str]) -> str:
+    return f"enum {name} : u32 {{ " + ", ".join(f"k{name}_{w}" for w in words) + " };\n"
+
+
+def render_header() -> str:
+    """The text of `csrc/params.gen.cuh`."""
+    out = [
+        "// Generated from megamoe/layout.py by `python -m megamoe layout --write-header`. Do not edit.\n#pragma once\n"
+        '#include "prelude.cuh"\n\nnamespace moe {\n'
+    ]
+    constants = (
+        ("kMaxEpSize", MAX_EP_SIZE),
+        ("kMaxVirtualRanks", MAX_VIRTUAL_RANKS),
+        ("kMaxTopk", MAX_TOPK),
+        ("kMaxLocalExperts", MAX_LOCAL_EXPERTS),
+        ("kHeadSliceTokens", HEAD_SLICE_TOKENS),
+        ("kKBlock", K_BLOCK),
+        ("kNBlock", N_BLOCK),
+        ("kImageSfOffset", IMAGE_SF_OFFSET),
+        ("kImageCopyBytes", IMAGE_COPY_BYTES),
+        ("kImagePitchBytes", IMAGE_PITCH_BYTES),
+    )
+    out.append("".join(f"constexpr u32 {name} = {value};\n" for name, value in constants))
+    out += [_render_enum("Role", ROLES), _render_enum("Step", STEPS), _render_enum("Code", CODES)]
+    out += [_render_struct(s) for s in (RankParams, KernelParams, KernelStatus)]
+    out.append("}  // namespace moe\n")
+    return "\n".join(out)
