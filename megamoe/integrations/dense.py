@@ -1,0 +1,83 @@
+"""Load all of a transformers model but its experts.
+
+Their parameters stay on the meta device (no memory), and `enable(model, checkpoint=path)` serves this rank's share of
+them: a rank never holds, or reads, the other ranks' experts.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megamoe.checkpoint import Checkpoint, CheckpointError
+from megamoe.config import BLOCK
+from megamoe.integrations.experts import experts_modules
+
+
+def load_without_experts(
+    path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """A causal language model in eval mode from a safetensors directory; block-FP8 tensors are dequantized.
+
+    CheckpointError lists every tensor outside the experts that is missing, extra or misshapen.
+    """
+    checkpoint = Checkpoint(path)
+    config = AutoConfig.from_pretrained(path)
+    # The architecture is built in `dtype`; megamoe, not a quantizer of transformers, serves the FP8 experts
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    experts = tuple(f"{name}." for name, _ in experts_modules(model))
+    wanted = {name: p for name, p in model.state_dict(keep_vars=True).items() if not name.startswith(experts)}
+    present = {name for name in checkpoint.names if not name.startswith(experts)}
+    scales = {name for name in present if name.endswith("_scale_inv") and name.removesuffix("_scale_inv") in present}
+    found = [name for name in wanted if name in present]
+    extra = sorted(present - scales - wanted.keys())
+    problems = [f"extra: {name}" for name in extra if not name.endswith("rotary_emb.inv_freq")]
+    for name in found:
+        info = checkpoint.describe(name)
+        if info is None or info.shape != tuple(wanted[name].shape):
+            shape = "not in its file" if info is None else list(info.shape)
+            problems.append(f"misshapen: {name} is {shape}, the configuration needs {list(wanted[name].shape)}")
+    if not problems:
+        _fill(model, checkpoint, found, scales, dtype, device)
+        model.tie_weights()  # a tied output head has no tensor of its own in the file
+        _rebuild_buffers(model, device)
+        problems += [
+            f"missing: {name}"
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+            if tensor.device.type == "meta" and not name.startswith(experts)
+        ]
+    if problems:
+        raise CheckpointError(checkpoint.path, problems)
+    return model.eval()
+
+
+def _fill(model: nn.Module, checkpoint: Checkpoint, found: list[str], scales: set[str], dtype, device) -> None:
+    sf = {name: tensor.float() for name, tensor in checkpoint.read(scales)}
+    for name, tensor in checkpoint.read(found):
+        if f"{name}_scale_inv" in sf:
+            tensor = _dequantize(tensor, sf[f"{name}_scale_inv"])
+        parent, _, leaf = name.rpartition(".")
+        # A copy: the tensor itself is a view of the mapped file
+        value = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+        model.get_submodule(parent).register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _dequantize(values: torch.Tensor, sf: torch.Tensor) -> torch.Tensor:
+    # Unlike experts' weights, these need not be whole blocks: the last block of a row or column is cut
+    rows, columns = values.shape
+    spread = sf.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+    return values.float() * spread
+
+
+def _rebuild_buffers(model: nn.Module, device) -> None:
+    """Buffers that no file holds (rotary frequencies) are computed by their module's constructor: run it off meta."""
+    for module in model.modules():
+        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.device.type == "meta"]
+        if names and hasattr(module, "config"):
+            fresh = type(module)(module.config)
+            for name in names:
+                setattr(module, name, getattr(fresh, name).to(device))

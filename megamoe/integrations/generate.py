@@ -1,0 +1,187 @@
+"""python -m megamoe.integrations.generate: text in, text out, through a Qwen3-MoE whose experts megamoe serves.
+
+What it prints before the text is how far the served logits are from the model's own, and which part of that is the
+number format's and which the kernel's: the same quantization in plain torch (megamoe/steps.py) stands between the two.
+"""
+
+import argparse
+import tempfile
+from contextlib import ExitStack
+
+import torch
+import torch.distributed as dist
+
+from megamoe.config import EPConfig
+from megamoe.integrations.logits import eager_logits, logits_error, served_logits, serving_logits
+from megamoe.integrations.transformers import Serving, enable
+from megamoe.ranks import RankInfo, init_process_group, rank_from_env
+
+EPILOG = """examples
+  a model of 3 layers with random weights, made on the spot; CPU or GPU, whichever is there:
+    python -m megamoe.integrations.generate --model tiny --prompt "To be or not"
+  a downloaded Qwen3-MoE (bf16 or block-FP8 safetensors), one GPU:
+    python -m megamoe.integrations.generate --model ./Qwen3-30B-A3B --prompt "The capital of France is"
+  two GPUs (or two CPU ranks): half the experts and every second prompt on each:
+    torchrun --nproc-per-node 2 -m megamoe.integrations.generate --model DIR --prompt A --prompt B --local-experts
+
+the error table
+  rel L2 is ||a - b|| / ||b|| over the logits of all prompt positions, top-1 the share of positions where the same token
+  is the most likely one.
+    megamoe against eager      what a user sees: format and kernel together
+    steps.py against eager     the number format alone: the same quantization in plain torch
+    megamoe against steps.py   the kernel alone (on CPU exactly 0: there megamoe runs steps.py)
+"""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m megamoe.integrations.generate", epilog=EPILOG, description=__doc__.partition(": ")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--model", default="tiny", help="directory with config.json, safetensors and tokenizer, or `tiny` (default)")
+    add("--prompt", action="append", help="text to continue; repeat for more, prompt i goes to rank i %% ranks")
+    add("--max-new-tokens", type=int, default=24, help="tokens to add, greedily, to each prompt (default 24)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the model; default: bfloat16 on "
+        "cuda, float32 on cpu")  # fmt: skip
+    add("--weight-format", choices=("auto", "fp8", "bf16"), default="auto", help="of the served experts; bf16 means "
+        "unquantized, CPU only. Default: fp8 on cuda, bf16 on cpu")  # fmt: skip
+    add("--capacity", type=int, help="num_max_tokens_per_rank; default: what the longest prompt needs")
+    add("--local-experts", action="store_true", help="read only this rank's experts from the files; the comparison "
+        "with eager is then not run, since no rank has them all")  # fmt: skip
+    add("--no-compare", action="store_true", help="skip the error table")
+    given = parser.parse_args(argv)
+    given.prompt = given.prompt or ["The quick brown fox", "Megamoe: "]
+    if any(not text for text in given.prompt):
+        parser.error("--prompt '' has no token to start from; give at least one character")
+    if given.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens {given.max_new_tokens} must be at least 1")
+    if given.device == "auto":
+        given.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if given.dtype == "auto":
+        given.dtype = "bfloat16" if given.device == "cuda" else "float32"
+    if given.weight_format == "auto":
+        given.weight_format = "fp8" if given.device == "cuda" else "bf16"
+    return given
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table and the texts. Returns the exit status."""
+    given = parse(argv)
+    from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    rank = rank_from_env()
+    with ExitStack() as stack:
+        if given.model == "tiny":  # one a rank, all alike; before the group exists: later, only rank 0 could save
+            from megamoe.integrations.tiny import save_tiny_model
+
+            given.model = save_tiny_model(stack.enter_context(tempfile.TemporaryDirectory()))
+        if rank.ep_size > 1 and not dist.is_initialized():
+            init_process_group()
+            stack.callback(dist.destroy_process_group)
+        tokenizer = AutoTokenizer.from_pretrained(given.model)
+        device = torch.device("cuda", rank.local_rank) if given.device == "cuda" else torch.device("cpu")
+        model = load(given, device)
+        prompts = [tokenizer(text, return_tensors="pt")["input_ids"].to(device) for text in given.prompt]
+        capacity = given.capacity or max(ids.shape[1] for ids in prompts)
+        how = {
+            "ep_config": EPConfig(capacity),
+            "weight_format": given.weight_format,
+            "checkpoint": given.model if given.local_experts else None,
+        }
+        mine = prompts[rank.ep_rank :: rank.ep_size]
+        num_rounds = -(-len(prompts) // rank.ep_size)
+        if rank.ep_rank == 0:
+            print(f"{rank.ep_size} rank(s), {device}, model {given.dtype}, experts {given.weight_format}, "
+                  f"capacity {capacity} tokens a rank", flush=True)  # fmt: skip
+        references = {} if given.no_compare else reference_logits(model, mine, num_rounds, how, given.local_experts)
+        with enable(model, **how) as serving:
+            if references:
+                tell_errors(rank, serving_logits(model, serving, mine, num_rounds), references)
+            for i in range(num_rounds):
+                ids = mine[i] if i < len(mine) else None
+                new = greedy(model, serving, ids, given.max_new_tokens, tokenizer.eos_token_id, device)
+                if ids is not None:
+                    prompt = given.prompt[rank.ep_rank + i * rank.ep_size]
+                    tell(rank, f"{prompt!r} -> {tokenizer.decode(new, skip_special_tokens=True)!r}")
+            serving.check()
+    return 0
+
+
+def load(given: argparse.Namespace, device: torch.device):
+    """The model, in eval mode, on `device`."""
+    dtype = getattr(torch, given.dtype)
+    if given.local_experts:
+        from megamoe.integrations.dense import load_without_experts
+
+        return load_without_experts(given.model, dtype=dtype, device=device)
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype).to(device).eval()
+
+
+def tell(rank: RankInfo, text: str) -> None:
+    print(f"[rank {rank.ep_rank}] {text}" if rank.ep_size > 1 else text, flush=True)
+
+
+def reference_logits(model, mine: list[torch.Tensor], num_rounds: int, how: dict, local_experts: bool) -> dict:
+    """{name: logits [positions, vocabulary], or None where it cannot be run}. Collective."""
+    spec = served_logits(model, mine, num_rounds, spec=True, **how)
+    return {"eager": None if local_experts else eager_logits(model, mine), "steps.py": spec}
+
+
+def tell_errors(rank: RankInfo, served: torch.Tensor, references: dict[str, torch.Tensor | None]) -> None:
+    """The table of EPILOG, for this rank's prompts."""
+    if not len(served):
+        tell(rank, "no prompt of its own: took part with zero tokens")
+        return
+    eager, spec = references["eager"], references["steps.py"]
+    tell(rank, f"logits of {len(served):<5} positions      rel L2    max abs    top-1")
+    for name, logits, reference in (
+        ("megamoe against eager", served, eager),
+        ("steps.py against eager", spec, eager),
+        ("megamoe against steps.py", served, spec),
+    ):
+        if reference is None:
+            tell(rank, f"  {name:<25} not run: with --local-experts no rank has all experts")
+            continue
+        error = logits_error(logits, reference)
+        tell(rank, f"  {name:<25} {error.rel_l2:9.2e}  {error.max_abs:9.2e}  {error.top1:6.1%}")
+
+
+@torch.no_grad()
+def greedy(
+    model, serving: Serving, ids: torch.Tensor | None, max_new_tokens: int, eos: int | None, device
+) -> list[int]:
+    """Continue ids [1, n] by the most likely token each; collective.
+
+    A rank that has no prompt (ids None), or has met `eos`, goes on taking part with zero tokens until all are done.
+    """
+    new, cache, active = [], None, ids is not None
+    for step in range(max_new_tokens):
+        serving.num_tokens_bound = 1 if step else None  # the prompt first, then one token a rank
+        if not any_rank(active, device):
+            break
+        if not active:
+            serving.idle()
+            continue
+        out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        new.append(int(ids))
+        active = new[-1] != eos
+    return new
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(int(flag), device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

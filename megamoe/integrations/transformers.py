@@ -1,0 +1,300 @@
+"""megamoe under a Hugging Face model: the experts of every MoE layer served through transformers' experts registration.
+
+    from megamoe.integrations.transformers import enable
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16").to("cuda")
+    with enable(model) as serving:                    # or enable(model) ... disable(model)
+        logits = model(input_ids).logits
+
+Under torch.distributed the experts are sharded (expert e on rank e // num_local_experts), attention is data-parallel:
+every rank brings its own tokens. A forward of the model is then collective: all ranks run the same number of forwards,
+with any number of tokens each; a rank without tokens calls `serving.idle()` instead.
+
+Forward only. Served are experts with weights gate_up_proj [num_experts, 2 * intermediate, hidden] (gate rows, then up)
+and down_proj [num_experts, hidden, intermediate], SiLU, no bias, as transformers keeps them for Qwen3-MoE.
+"""
+
+from contextlib import ExitStack
+from pathlib import Path
+from weakref import WeakKeyDictionary, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+try:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+except ImportError as error:
+    raise ImportError(
+        "megamoe.integrations.transformers needs transformers 5.x with its experts registration (tested with 5.17): "
+        "pip install 'megamoe[transformers]'"
+    ) from error
+
+from megamoe.checkpoint import Checkpoint, CheckpointError, find_problems, load_experts
+from megamoe.config import EPConfig
+from megamoe.integrations.experts import Experts, find_experts
+from megamoe.integrations.spec import SpecExperts
+from megamoe.layer import MoELayer
+from megamoe.workspace import Workspace
+
+IMPLEMENTATION = "megamoe"
+DEFAULT_CAPACITY = 4096
+
+
+def enable(
+    model: nn.Module,
+    *,
+    workspace: Workspace | None = None,
+    ep_config: EPConfig | None = None,
+    weight_format: str = "fp8",
+    checkpoint: str | Path | Checkpoint | None = None,
+    group: dist.ProcessGroup | None = None,
+    donate: bool = False,
+    spec: bool = False,
+) -> "Serving":
+    """Serve the experts of every MoE layer of `model` by megamoe; collective over the ranks of `group`.
+
+    model          a transformers model on the device it will run on, bf16 or fp32
+    workspace      to share with other models; by default one is made for this model and closed by disable()
+    ep_config      capacity and deadlines; default EPConfig(num_max_tokens_per_rank=4096). A forward with more tokens
+                   (batch x sequence) on a rank than the capacity is refused
+    weight_format  "fp8": weights by 128x128 block, activations by 128 of K, in e4m3; the layer takes and returns bf16.
+                   "bf16" (CPU only): unquantized, in the dtype of the model, fp32 included
+    checkpoint     None: weights come from the module's parameters, and follow them when they change. A path: this
+                   rank's experts are read from there, the module's parameters are left alone and may be on meta
+    group          process group; default: torch.distributed's default group if initialised, else one rank
+    donate         move the module's expert parameters to meta once copied: their memory is free, eager can't run again
+    spec           run megamoe/steps.py (plain torch) on whatever device the model is on: the yardstick for the kernel
+
+    Returns a Serving, also usable as a context manager. Raises ValueError if the model has no MoE layer, or one that
+    cannot be served (all reasons listed), or is enabled already; CheckpointError that lists all that is wrong with all
+    layers' tensors. Nothing of the model is changed when it raises.
+    """
+    if model in _SERVINGS:
+        raise ValueError("model: its experts are served by megamoe already; call disable(model) first")
+    if ep_config is not None and workspace is not None:
+        raise ValueError("ep_config: the workspace has one already; pass either workspace or ep_config")
+    ep_config = workspace.ep_config if workspace else ep_config or EPConfig(DEFAULT_CAPACITY)
+    if ep_config.virtual_ranks is not None:
+        raise ValueError(f"ep_config.virtual_ranks={ep_config.virtual_ranks}: a model is one rank; leave it None")
+    if spec and workspace is not None:
+        raise ValueError("workspace: steps.py uses none; leave it out with spec=True")
+    group = workspace.group if workspace else group
+    ep_size, ep_rank = _placement(group)
+    source, found, problem = None, {}, None
+    try:
+        found = find_experts(model, weight_format)
+        source = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
+        _check_source(found, source, ep_size, ep_rank)
+    except (ValueError, TypeError, OSError) as error:
+        problem = error
+    _agree(problem, ep_size, group)
+    device = next(iter(found.values())).device
+
+    with ExitStack() as undo:
+        owned = None
+        if not spec and workspace is None:
+            configs = list(dict.fromkeys(info.config for info in found.values()))
+            workspace = owned = Workspace(configs, ep_config, group=group, device=device)
+            undo.callback(owned.close)
+        slots = {}
+        for name, info in found.items():
+            layer = SpecExperts(info.config, group) if spec else MoELayer(info.config, workspace)
+            undo.callback(layer.close)
+            slots[name] = _Slot(info, layer, ep_config.num_max_tokens_per_rank, ep_size, ep_rank, donate)
+            slots[name].load(source)
+        serving = Serving(model, slots, workspace, owned)
+        undo.pop_all()
+    return serving
+
+
+def disable(model: nn.Module) -> None:
+    """Give the experts back to the implementation they had before enable(); collective. ValueError if not enabled."""
+    if model not in _SERVINGS:
+        raise ValueError("model: its experts are not served by megamoe; nothing to disable")
+    _SERVINGS[model].close()
+
+
+class Serving:
+    """What enable() set up.
+
+    layers: {module name: MoELayer}; workspace: shared by them (None with spec=True).
+    num_tokens_bound: None, or what the next forwards pass to the layers: an int, equal on all ranks, that no rank's
+    tokens exceed. Set it to the batch size while decoding. None: the capacity; on one rank, what the call needs.
+    """
+
+    def __init__(self, model, slots: dict[str, "_Slot"], workspace, owned_workspace):
+        self.workspace = workspace
+        self.num_tokens_bound: int | None = None
+        self.layers = {name: slot.layer for name, slot in slots.items()}
+        self._slots = slots
+        self._owned_workspace = owned_workspace
+        self._model = ref(model)
+        self._closed = False
+        self._before = model.get_experts_implementation()
+        model.set_experts_implementation(IMPLEMENTATION)
+        if IMPLEMENTATION not in model.get_experts_implementation().values():
+            raise ValueError(f"model={type(model).__name__} does not let its experts implementation be set; not served")
+        _SERVINGS[model] = self
+        for slot in slots.values():
+            _SLOTS[slot.module()] = slot
+            slot.serving = ref(self)
+            if slot.donate:
+                slot.drop_parameters()
+
+    def idle(self) -> None:
+        """Take part in one forward of the other ranks without tokens: every layer once, with none."""
+        for slot in self._slots.values():
+            slot.idle()
+
+    def check(self) -> None:
+        """Raise the sticky device error of any layer, if there is one."""
+        for layer in self.layers.values():
+            layer.check()
+
+    def close(self) -> None:
+        """As disable(model). Does nothing the second time."""
+        self._close(close_workspace=True)
+
+    def _close(self, close_workspace: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        model = self._model()
+        if model is not None:
+            del _SERVINGS[model]
+            for slot in self._slots.values():
+                _SLOTS.pop(slot.module(), None)
+            model.set_experts_implementation(self._before)
+        for layer in self.layers.values():
+            layer.close()
+        if self._owned_workspace is not None and close_workspace:
+            self._owned_workspace.close()
+
+    def __enter__(self) -> "Serving":
+        return self
+
+    def __exit__(self, exc_type, *exc_info) -> None:
+        # An exception may be this rank's alone: then closing, collective on GPUs, would wait for peers and hide it
+        alone = self.workspace is None or not self.workspace.is_cuda or self.workspace.ep_size == 1
+        self._close(close_workspace=alone or exc_type is None)
+
+
+# Keyed weakly and kept outside the modules: state_dict, deepcopy and save_pretrained see nothing of megamoe.
+_SERVINGS: WeakKeyDictionary[nn.Module, Serving] = WeakKeyDictionary()
+_SLOTS: WeakKeyDictionary[nn.Module, "_Slot"] = WeakKeyDictionary()
+
+
+def _serve_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers calls for a module's experts: hidden_states [n, hidden], top_k_* [n, topk]."""
+    slot = _SLOTS.get(self)
+    if slot is None:
+        raise ValueError(
+            f"experts_implementation={IMPLEMENTATION!r}, but this model's experts were not given to megamoe; "
+            "call megamoe.integrations.transformers.enable(model) (again, after a deepcopy)"
+        )
+    if self.training and torch.is_grad_enabled() and hidden_states.requires_grad:
+        raise ValueError("megamoe is forward only: it has no gradient. Call model.eval(), or disable(model) to train")
+    return slot(hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _serve_experts)
+
+
+class _Slot:
+    """A module's layer, and the state of the parameters that it was loaded from."""
+
+    def __init__(self, info: Experts, layer, capacity: int, ep_size: int, ep_rank: int, donate: bool):
+        self.name, self.config, self.device, self.dtype = info.name, info.config, info.device, info.dtype
+        self.layer, self.capacity, self.ep_size, self.donate = layer, capacity, ep_size, donate
+        self.module = ref(info.module)
+        num_local_experts = info.config.num_local_experts(ep_size)
+        self.local = range(ep_rank * num_local_experts, (ep_rank + 1) * num_local_experts)
+        self.serving = None
+        self._loaded = None
+
+    def load(self, source: Checkpoint | None) -> None:
+        if source is not None:
+            weights = load_experts(
+                source, -1, self.local, config=self.config, dtype=self.dtype, device=self.device, prefix=self.name
+            )
+            self.layer.load_weights(weights.linear1, weights.linear2, weights.linear1_sf, weights.linear2_sf)
+            return
+        module = self.module()
+        shard = slice(self.local.start, self.local.stop)
+        self.layer.load_weights(module.gate_up_proj.detach()[shard], module.down_proj.detach()[shard])
+        self._loaded = self._state()
+
+    def drop_parameters(self) -> None:
+        module = self.module()
+        for name in ("gate_up_proj", "down_proj"):
+            module.register_parameter(name, nn.Parameter(getattr(module, name).to("meta"), requires_grad=False))
+        self._loaded = None
+
+    def _state(self) -> tuple:
+        params = self.module().gate_up_proj, self.module().down_proj
+        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in params)
+
+    def __call__(self, hidden_states: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
+        if self._loaded is not None and self._loaded != self._state():
+            self.load(None)  # a load_state_dict or an in-place edit since: eager experts would follow it too
+        x = hidden_states.detach().reshape(-1, self.config.hidden)
+        if x.shape[0] > self.capacity:
+            raise ValueError(
+                f"{self.name}: num_tokens={x.shape[0]} (batch x sequence of this forward) is above the capacity "
+                f"num_max_tokens_per_rank={self.capacity}; enable(model, ep_config=EPConfig({x.shape[0]})), or "
+                "split the prompt or the batch into several forwards"
+            )
+        with torch.no_grad():
+            y = self._forward(x, topk_idx, topk_weights)
+        return y.reshape(hidden_states.shape).to(hidden_states.dtype)
+
+    def idle(self) -> None:
+        with torch.no_grad():
+            self._forward(
+                torch.zeros(0, self.config.hidden, dtype=self.dtype, device=self.device),
+                torch.zeros(0, self.config.topk, dtype=torch.int64, device=self.device),
+                torch.zeros(0, self.config.topk, dtype=torch.float32, device=self.device),
+            )
+
+    def _forward(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
+        if self.config.weight_format == "fp8":
+            x = x.to(torch.bfloat16)
+        bound = self.serving().num_tokens_bound
+        if bound is None and self.ep_size == 1:  # no peer to agree with: the tokens there are, in powers of two
+            bound = min(1 << max(x.shape[0] - 1, 0).bit_length(), self.capacity)
+        return self.layer(x.contiguous(), topk_idx.contiguous(), topk_weights.contiguous(), num_tokens_bound=bound)
+
+
+def _check_source(found: dict[str, Experts], source: Checkpoint | None, ep_size: int, ep_rank: int) -> None:
+    """All layers' problems in one error, before a workspace exists or a byte of weights is read."""
+    if source is None:
+        if missing := [name for name, info in found.items() if info.module.gate_up_proj.device.type == "meta"]:
+            raise ValueError(f"model: the expert parameters of {missing} are on the meta device; pass checkpoint=PATH")
+        return
+    problems = []
+    for name, info in found.items():
+        num_local_experts = info.config.num_local_experts(ep_size)
+        local = range(ep_rank * num_local_experts, (ep_rank + 1) * num_local_experts)
+        problems += find_problems(source, name, local, info.config)
+    if problems:
+        raise CheckpointError(source.path, problems)
+
+
+def _placement(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """(ep_size, ep_rank)"""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1, 0
+    return dist.get_world_size(group), dist.get_rank(group)
+
+
+def _agree(problem: Exception | None, ep_size: int, group: dist.ProcessGroup | None) -> None:
+    """Refuse on all ranks what one of them refuses: the others would wait for it in the workspace's constructor."""
+    if ep_size > 1:
+        texts = [None] * ep_size
+        dist.all_gather_object(texts, None if problem is None else str(problem), group=group)
+        theirs = next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None), None)
+        if problem is None and theirs is not None:
+            problem = ValueError(theirs)
+    if problem is not None:
+        raise problem
