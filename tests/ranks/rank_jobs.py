@@ -1,0 +1,100 @@
+"""What one rank runs in test_gloo and test_mpi: ``python rank_jobs.py JOB``. Prints one line of JSON."""
+
+import json
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from megamoe import EPConfig, MegaMoEError, MoEConfig, MoELayer, Workspace
+from megamoe.exchange import LocalExchange
+from megamoe.ranks import init_process_group
+from megamoe.steps import moe_layer
+from megamoe.testing.data import make_case
+
+SMALL = MoEConfig(hidden=256, intermediate=128, num_experts=8, topk=3)
+OTHER = MoEConfig(hidden=128, intermediate=384, num_experts=4, topk=16, weight_format="bf16")
+
+
+def equal(info):
+    """Two layers of different shape alternate on one workspace; each call equals the one-process oracle bit for bit."""
+    calls = equal_calls = 0
+    with Workspace([SMALL, OTHER], EPConfig(16), device="cpu") as workspace:
+        layers = {config: MoELayer(config, workspace) for config in (SMALL, OTHER)}
+        for seed, routing in enumerate(("uniform", "one_expert", "none", "holes", "duplicates")):
+            counts = [(5 * seed + 7 * rank) % 17 for rank in range(info.ep_size)]  # seed 0: rank 0 has none
+            for config, layer in layers.items():
+                case = make_case(seed, config, info.ep_size, counts, routing)
+                weights, (x, _, topk_idx, topk_weights, _) = case.weights[info.ep_rank], case.inputs[info.ep_rank]
+                layer.load_weights(weights.linear1, weights.linear2, weights.linear1_sf, weights.linear2_sf)
+                y = layer(x, topk_idx, topk_weights)
+                expected = moe_layer(config, LocalExchange(info.ep_size), case.weights, case.inputs)[info.ep_rank]
+                calls += 1
+                equal_calls += torch.equal(y, expected) and y.shape == x.shape
+    return {"calls": calls, "equal": equal_calls}
+
+
+def config_differs(info):
+    """Rank 1 has another topk: every rank must be told."""
+    config = MoEConfig(hidden=256, intermediate=128, num_experts=8, topk=2 + info.ep_rank)
+    try:
+        Workspace(config, EPConfig(16), device="cpu")
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
+def one_cannot(info):
+    """Rank 1 asks for a device it lacks: rank 0 must not be left waiting."""
+    try:
+        Workspace(SMALL, EPConfig(16), device="cpu" if info.ep_rank == 0 else "cuda:99")
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
+def refused(info):
+    """The last rank's input is refused; the others end at their deadline, name it, refuse calls; reset() mends it."""
+    config = MoEConfig(hidden=128, intermediate=128, num_experts=6, topk=3)
+    workspace = Workspace(config, EPConfig(16, arrive_deadline_s=1.5), device="cpu")
+    layer = MoELayer(config, workspace)
+    case = make_case(0, config, info.ep_size, 4, ranks=[info.ep_rank])
+    weights, rank_input = case.weights[0], case.inputs[0]
+    layer.load_weights(weights.linear1, weights.linear2, weights.linear1_sf, weights.linear2_sf)
+    if info.ep_rank == info.ep_size - 1:
+        rank_input.topk_idx[0, 0] = config.num_experts
+    result, begin = {}, time.monotonic()
+    try:
+        layer(rank_input.x, rank_input.topk_idx, rank_input.topk_weights)
+    except (ValueError, MegaMoEError) as error:
+        result = {"kind": type(error).__name__, "error": str(error), "seconds": time.monotonic() - begin}
+        if isinstance(error, MegaMoEError):
+            result["record"] = list(error.record)
+    try:
+        layer.check()
+        result["check"] = None
+    except MegaMoEError as error:
+        result["check"] = str(error)
+    time.sleep(2.0 if info.ep_rank == info.ep_size - 1 else 0.0)  # the peers must meet their deadline first
+    workspace.reset()
+    rank_input.topk_idx[0, 0] = 0
+    y = layer(rank_input.x, rank_input.topk_idx, rank_input.topk_weights)
+    layer.check()
+    workspace.close()
+    return result | {"after_reset": bool(y.isfinite().all() and y.any())}
+
+
+def main():
+    torch.set_num_threads(1)
+    info = init_process_group("gloo", timeout_s=60.0)
+    result = globals()[sys.argv[1]](info)
+    sys.stdout.write(json.dumps({"rank": info.ep_rank, "launcher": info.launcher, **result}) + "\n")
+    sys.stdout.flush()
+    if sys.argv[1] == "refused":
+        os._exit(0)  # its group is broken by design; a tidy shutdown of it is not under test
+    dist.destroy_process_group()
+
+
+main()

@@ -1,0 +1,54 @@
+"""Real ranks over gloo, started without a launcher."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megamoe.testing.spawn import spawn_ranks
+
+JOBS = Path(__file__).with_name("rank_jobs.py")
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher_variables(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("OMPI_", "PMI", "SLURM_"))]:
+        monkeypatch.delenv(name)
+
+
+def run(job: str, num_ranks: int) -> list[dict]:
+    results = spawn_ranks([JOBS, job], num_ranks, timeout_s=120)
+    for result in results:
+        assert result.returncode == 0, f"rank {result.ep_rank} of {job}:\n{result.output}"
+    return [json.loads(result.output.strip().splitlines()[-1]) for result in results]
+
+
+def test_two_ranks_equal_the_one_process_oracle_bit_for_bit():
+    for result in run("equal", 2):
+        assert result["launcher"] == "torchrun"
+        assert result["calls"] == result["equal"] == 10
+
+
+def test_configurations_that_differ_are_refused_on_every_rank():
+    for result in run("config_differs", 2):
+        assert result["error"].startswith("moe_configs[0].topk differs between ranks: 2 on rank 0, 3 on rank 1")
+
+
+def test_a_rank_that_cannot_start_is_named_on_every_rank():
+    for result in run("one_cannot", 2):
+        assert result["error"].startswith("rank 1: device=cuda:99")
+
+
+def test_a_refused_rank_is_named_by_the_others_at_their_deadline():
+    first, second, last = run("refused", 3)
+    assert last["kind"] == "ValueError"
+    assert "topk_idx[0, 0]=6 must be an expert id from 0 to 5" in last["error"]
+    assert last["check"] is None  # it was refused before the call began
+    for result in (first, second):
+        assert result["kind"] == "MegaMoEError"
+        assert "rank 2 did not come within 1.5 s" in result["error"]
+        assert result["record"][2:] == ["exchange", "dispatch", 2, 2, 3]
+        assert 1.4 < result["seconds"] < 3.5
+        assert "call workspace.reset()" in result["check"]
+    assert all(result["after_reset"] for result in (first, second, last))
