@@ -1,0 +1,41 @@
+"""results/*.jsonl: one measurement a line (record.Row), appended by bench.py, read by report.py. Needs no torch."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+RESULTS_DIR = Path(__file__).with_name("results")
+
+
+def as_json(row) -> dict:
+    """A record.Row as plain values. NaN is not JSON, so it becomes null; floats keep six digits."""
+    return {key: _plain(value) for key, value in asdict(row).items()}
+
+
+def _plain(value):
+    if isinstance(value, float):
+        return None if value != value else float(f"{value:.6g}")
+    return value
+
+
+def append_result(row, directory: Path = RESULTS_DIR) -> Path:
+    """Append the row to the one file of its kind of machine and month: results/<device>-x<gpus>-<year-month>.jsonl."""
+    directory.mkdir(parents=True, exist_ok=True)
+    slug = "-".join("".join(char if char.isalnum() else " " for char in row.device.lower()).split())
+    path = directory / f"{slug}-x{max(row.num_gpus, 1)}-{row.date[:7]}.jsonl"
+    with path.open("a") as file:
+        file.write(json.dumps(as_json(row)) + "\n")
+    return path
+
+
+def read_results(directory: Path = RESULTS_DIR) -> list[dict]:
+    """Every object of results/*.jsonl. ValueError names the file and line that does not parse."""
+    rows = []
+    for path in sorted(directory.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path.name} line {number} is not a JSON object: {error}") from error
+    return rows
