@@ -15,45 +15,46 @@ struct Config {
     static constexpr u32 kTokensBytes = kBlockTokens * kKBlock;
     static constexpr u32 kStageBytes = align_up(kTokensBytes + kImageCopyBytes + kBlockTokens * 4, 1024);
     static constexpr u32 kHImageBytes = kBlockTokens * (kKBlock + 4);
+    // Many rows: pairs of CTAs work on two token blocks against one weight image, each loading half of it for both.
+    // That takes 32 instead of 48 KB a stage from the L2 cache, which cannot feed the tensor cores otherwise.
+    static constexpr u32 kCluster = kWeightsOnM ? 1 : 2;
+    // Who may enter an epilogue on its own. Weights on M: a row's amax crosses both warpgroups. Tokens on M: a
+    // warpgroup has whole rows, so one computes while the other is in its epilogue.
+    static constexpr u32 kStagingGroups = kWeightsOnM ? 1 : 2;
     // linear2 rows leave as bf16 through padded rows (528 B: no bank conflicts), or through 2 KB slices of the math
     // warps.
     static constexpr u32 kStagingRowBytes = kNBlock * 2 + 16;
     static constexpr u32 kSliceBytes = 2048;
     static constexpr u32 kStagingBytes =
-        align_up(kWeightsOnM ? kBlockTokens * kStagingRowBytes : max_u32(kHImageBytes, 8 * kSliceBytes), 1024);
+        align_up(kWeightsOnM ? kBlockTokens * kStagingRowBytes : max_u32(kHImageBytes, 8 * kSliceBytes), 128);
     // Routing tables up to this many slots are counted by every CTA alone; larger ones by the grid, with two barriers.
-    static constexpr u32 kSmallTable = kWeightsOnM ? 4096 : 0;
+    static constexpr u32 kSmallTable = kWeightsOnM ? 3840 : 0;
 
-    static constexpr u32 kFixedBytes = 15 * 1024 + kSmallTable * 4;
     static constexpr u32 kSharedLimit = 232448;  // 227 KiB: the most a CTA can have on sm_90
-    static constexpr u32 kStages = min_u32(8, (kSharedLimit - kFixedBytes - kStagingBytes) / kStageBytes);
     static_assert(kBlockTokens % 8 == 0 && (kBlockTokens <= 64 || kBlockTokens == 128));
-    static_assert(kStages >= 3);
 };
 
-constexpr u32 kTileSlots = 4;  // tiles announced ahead of the math warps
+constexpr u32 kTileSlots = 4;    // tiles announced ahead of the math warps
+constexpr u32 kTicketSlots = 8;  // more than the tiles that one CTA of a pair can be ahead: one a stage at most
 
 // One announced tile. rows/weights are filled by the tokens warps before the tile's first stage is full.
 struct TileSlot {
     u32 kind;  // TileKind
     u32 expert, m_block, n_block;
-    u32 row_begin, row_count;  // rows of the tile in the list; row_count <= kBlockTokens
+    u32 row_begin, row_count;  // rows of the tile in the list; 0: only keeps step with the cluster, publishes nothing
     u32 number;                // of this CTA's tiles; slot and mbarrier phases follow from it
+    u32 shares_weights;        // with the other CTA of the cluster
 };
 enum TileKind : u32 { kTile_linear1, kTile_linear2, kTile_end };
 
-template <class C>
-struct alignas(1024) SharedStorage {
-    struct alignas(1024) Stage {
-        u8 tokens[C::kTokensBytes];  // e4m3 rows, 128B swizzle
-        u8 weights[kImageSfOffset];  // one image: 256 rows x 128, 128B swizzle
-        f32 weights_sf[4];           // its tail: two scale factors
-        f32 tokens_sf[C::kBlockTokens];
-    } stages[C::kStages];
-    alignas(1024) u8 staging[C::kStagingBytes];
+constexpr u32 kMaxStages = 8;
 
-    u32 row_offset[kMaxLocalExperts + 1];    // first row of an expert in the list
-    u32 block_offset[kMaxLocalExperts + 1];  // first token block of an expert
+template <class C>
+struct SharedState {
+    u32 row_offset[kMaxLocalExperts + 1];                           // first row of an expert in the list
+    u16 block_offset[kMaxLocalExperts + 1];                         // first token block of an expert
+    u16 pair_offset[C::kCluster > 1 ? kMaxLocalExperts + 1 : 1];    // first pair of token blocks of an expert
+    u16 single_offset[C::kCluster > 1 ? kMaxLocalExperts + 1 : 1];  // experts before with an odd block left over
     u32 tile_rows[kTileSlots][C::kBlockTokens];
     f32 tile_weights[kTileSlots][C::kBlockTokens];
     TileSlot tiles[kTileSlots];
@@ -64,22 +65,51 @@ struct alignas(1024) SharedStorage {
     f32 row_scale[C::kWeightsOnM ? C::kBlockTokens : 1];
     alignas(128) u8 y_slice[4][2][512];  // combine: two bulk stores in flight per exchange warp
 
-    u64 weights_full[C::kStages], tokens_full[C::kStages], stage_empty[C::kStages];
+    u64 weights_full[kMaxStages], tokens_full[kMaxStages], stage_empty[kMaxStages];
     u64 tile_full[kTileSlots], tile_empty[kTileSlots];
-    u64 staging_full, staging_empty;
+    u64 staging_full[C::kStagingGroups], staging_empty[C::kStagingGroups];
+    u64 plan_agreed;                // of the cluster's CTAs
+    u64 ticket_full[kTicketSlots];  // second CTA of a pair: the first has drawn
+    u32 partner_ticket[kTicketSlots];
 
     u32 num_tokens[kMaxEpSize];        // tokens of every source rank
     u32 table_offset[kMaxEpSize + 1];  // first slot of a source in the joined routing table
     LaunchState launch;
-    u32 num_m_blocks, healthy, is_last_cta, aborted;
+#ifdef TRACE
+    u32 trace_count[kNumTraceRoles];
+#endif
+    u32 num_m_blocks, healthy, partner_failed, is_last_cta, aborted;
     u32 small_list[C::kSmallTable ? C::kSmallTable : 1];
 };
 
+// As many stages as fit beside the rest: bytes in flight are what hides the latency of memory.
+template <class C>
+constexpr u32 kFixedBytes = align_up(sizeof(SharedState<C>), 1024) + C::kStagingBytes;
+template <class C>
+constexpr u32 kStages = min_u32(kMaxStages, (C::kSharedLimit - kFixedBytes<C>) / C::kStageBytes);
+
+template <class C>
+struct SharedStorage : SharedState<C> {
+    struct alignas(1024) Stage {
+        u8 tokens[C::kTokensBytes];  // e4m3 rows, 128B swizzle
+        u8 weights[kImageSfOffset];  // one image: 256 rows x 128, 128B swizzle
+        f32 weights_sf[4];           // its tail: two scale factors
+        f32 tokens_sf[C::kBlockTokens];
+    };
+    Stage stages[kStages<C>];
+    alignas(128) u8 staging[C::kStagingBytes];
+};
+
+// What a launch asks for; sizeof(SharedStorage) rounds it up to the stages' alignment.
+template <class C>
+constexpr u32 kSharedBytes = kFixedBytes<C> + kStages<C> * C::kStageBytes;
+
 template <class C>
 MOE_HOST_DEVICE constexpr bool shared_storage_fits() {
-    static_assert(sizeof(typename SharedStorage<C>::Stage) == C::kStageBytes,
-                  "the image and its scale factors must be contiguous");
-    static_assert(sizeof(SharedStorage<C>) <= C::kSharedLimit, "raise kFixedBytes");
+    // Fewer stages in the largest tile cost a third of its speed: a larger state must not take one unnoticed.
+    static_assert(kStages<C> >= 4);
+    static_assert(sizeof(typename SharedStorage<C>::Stage) == C::kStageBytes, "image and scale factors are contiguous");
+    static_assert(kSharedBytes<C> <= C::kSharedLimit);
     return true;
 }
 

@@ -8,6 +8,7 @@
 //
 // Built once per tile size: -DBLOCK_TOKENS=8|16|32|64|128 (config.cuh).
 #include "config.cuh"
+#include "debug/trace.cuh"
 #include "gemm/load_tokens.cuh"
 #include "gemm/load_weights.cuh"
 #include "pipeline/1_dispatch.cuh"
@@ -25,17 +26,21 @@ static_assert(shared_storage_fits<Kernel>());
 
 template <class C>
 MOE_DEVICE void init_barriers(SharedStorage<C>& s) {
-    for (u32 i = 0; i < C::kStages; ++i) {
+    for (u32 i = 0; i < kStages<C>; ++i) {
         ptx::mbarrier_init(&s.weights_full[i], 1);
-        ptx::mbarrier_init(&s.tokens_full[i], kTokensWarps);
-        ptx::mbarrier_init(&s.stage_empty[i], kMathWarps);
+        ptx::mbarrier_init(&s.tokens_full[i], kTokensWarps * kTokensArrivals);
+        ptx::mbarrier_init(&s.stage_empty[i], kMathWarps * C::kCluster);
     }
     for (u32 i = 0; i < kTileSlots; ++i) {
         ptx::mbarrier_init(&s.tile_full[i], 1);
         ptx::mbarrier_init(&s.tile_empty[i], kTileReaders);
     }
-    ptx::mbarrier_init(&s.staging_full, kMathWarps);
-    ptx::mbarrier_init(&s.staging_empty, 1);
+    for (u32 i = 0; i < C::kStagingGroups; ++i) {
+        ptx::mbarrier_init(&s.staging_full[i], kMathWarps / C::kStagingGroups);
+        ptx::mbarrier_init(&s.staging_empty[i], 1);
+    }
+    for (u32 i = 0; i < kTicketSlots; ++i) ptx::mbarrier_init(&s.ticket_full[i], 1);
+    ptx::mbarrier_init(&s.plan_agreed, 2);
     ptx::fence_mbarrier_init();
 }
 
@@ -44,31 +49,48 @@ MOE_DEVICE void init_barriers(SharedStorage<C>& s) {
 using namespace moe;
 
 // Bytes of dynamic shared memory, read by the host: this file is where that number is known.
-extern "C" __device__ const u32 mega_moe_shared_bytes = sizeof(SharedStorage<Kernel>);
+extern "C" __device__ const u32 mega_moe_shared_bytes = kSharedBytes<Kernel>;
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) mega_moe(const __grid_constant__ KernelParams params) {
+#if BLOCK_TOKENS > 64
+#define MOE_CLUSTER __cluster_dims__(2, 1, 1)
+static_assert(Kernel::kCluster == 2);
+#else
+#define MOE_CLUSTER
+static_assert(Kernel::kCluster == 1);
+#endif
+
+extern "C" __global__ void MOE_CLUSTER __launch_bounds__(kNumThreads, 1)
+    mega_moe(const __grid_constant__ KernelParams params) {
     extern __shared__ __align__(1024) u8 shared[];
     SharedStorage<Kernel>& s = *reinterpret_cast<SharedStorage<Kernel>*>(shared);
     const u32 thread = threadIdx.x, warp = __shfl_sync(~0u, thread / 32, 0), lane = thread % 32;
     if (thread == 0) {
         init_barriers(s);
         s.launch = read_launch_state(params);
-        s.healthy = 1;
+#ifdef TRACE
+        for (u32 i = 0; i < kNumTraceRoles; ++i) s.trace_count[i] = 0;
+#endif
+        s.healthy = 1, s.partner_failed = 0;
     }
-    __syncthreads();
+    if constexpr (Kernel::kCluster > 1) ptx::cluster_sync();
+    else __syncthreads();
     const Launch l(params, s.launch);
 
     if (warp >= kExchangeWarp) {
-        ptx::setmaxnreg_dec<kOtherRegisters>();
-        push_head(l, warp - kExchangeWarp, lane);
-        push_rows(l, warp - kExchangeWarp, lane);
-        combine(l, s, warp - kExchangeWarp, lane);
+        ptx::setmaxnreg_dec<kExchangeRegisters>();
+        push_head(l);
+        push_rows(l);
+        if (warp_id() == kExchangeWarp) trace(l, s, kTrace_exchange, kEvent_pushed, 0);
+        combine(l, s);
+        if (warp_id() == kExchangeWarp) trace(l, s, kTrace_exchange, kEvent_combined, 0);
     } else {
+        if (warp == 0) trace(l, s, kTrace_plan, kEvent_start, 0);
         if (!build_row_list(l, s, thread)) s.healthy = 0;
-        ptx::fence_proxy_async();  // the plan's scratch lies in a stage that bulk copies fill next
+        if (warp == 0) trace(l, s, kTrace_plan, kEvent_list, 0);
+        agree_in_cluster(l, s, thread);
         ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
         if (warp >= kWeightsWarp) {
-            ptx::setmaxnreg_dec<kOtherRegisters>();
+            ptx::setmaxnreg_dec<kLoadRegisters>();
             if (warp == kWeightsWarp) {
                 if (lane == 0) load_weights(l, s);
             } else if (warp == kStoreWarp) {
@@ -82,5 +104,6 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) mega_moe(const __gr
         }
     }
     __syncwarp();
+    if (warp == 0) trace(l, s, kTrace_plan, kEvent_end, 0);
     leave(l, s, thread, kNumThreads);
 }

@@ -1,3 +1,4 @@
+// clang-format off
 // Generated from megamoe/layout.py by `python -m megamoe layout --write-header`. Do not edit.
 #pragma once
 #include "prelude.cuh"
@@ -13,22 +14,19 @@ constexpr u32 kKBlock = 128;
 constexpr u32 kNBlock = 256;
 constexpr u32 kImageSfOffset = 32768;
 constexpr u32 kImageCopyBytes = 32784;
+constexpr u32 kTraceRecords = 2048;
+constexpr u32 kNumTraceRoles = 7;
 constexpr u32 kImagePitchBytes = 32896;
 
-enum Role : u32 {
-    kRole_none,
-    kRole_plan,
-    kRole_weights,
-    kRole_tokens,
-    kRole_math,
-    kRole_store,
-    kRole_exchange,
-    kRole_exit
-};
+enum Role : u32 { kRole_none, kRole_plan, kRole_weights, kRole_tokens, kRole_math, kRole_store, kRole_exchange, kRole_exit };
 
 enum Step : u32 { kStep_none, kStep_dispatch, kStep_plan, kStep_linear1, kStep_swiglu, kStep_linear2, kStep_combine };
 
 enum Code : u32 { kCode_ok, kCode_timeout, kCode_expert_out_of_range, kCode_aborted_by_peer };
+
+enum Trace : u32 { kTrace_plan, kTrace_weights, kTrace_tokens, kTrace_math0, kTrace_math1, kTrace_store, kTrace_exchange };
+
+enum Event : u32 { kEvent_stored, kEvent_combined, kEvent_end };
 
 struct RankParams {
     u64 x;
@@ -41,6 +39,7 @@ struct RankParams {
     u64 linear2;
     u64 local;
     u64 status;
+    u64 trace;
     u64 linear1_dump;
     u32 num_tokens;
     u32 ep_rank;
@@ -55,10 +54,11 @@ static_assert(MOE_OFFSETOF(RankParams, linear1) == 48);
 static_assert(MOE_OFFSETOF(RankParams, linear2) == 56);
 static_assert(MOE_OFFSETOF(RankParams, local) == 64);
 static_assert(MOE_OFFSETOF(RankParams, status) == 72);
-static_assert(MOE_OFFSETOF(RankParams, linear1_dump) == 80);
-static_assert(MOE_OFFSETOF(RankParams, num_tokens) == 88);
-static_assert(MOE_OFFSETOF(RankParams, ep_rank) == 92);
-static_assert(sizeof(RankParams) == 96);
+static_assert(MOE_OFFSETOF(RankParams, trace) == 80);
+static_assert(MOE_OFFSETOF(RankParams, linear1_dump) == 88);
+static_assert(MOE_OFFSETOF(RankParams, num_tokens) == 96);
+static_assert(MOE_OFFSETOF(RankParams, ep_rank) == 100);
+static_assert(sizeof(RankParams) == 104);
 
 struct KernelParams {
     u64 arena[32];
@@ -98,55 +98,55 @@ struct KernelParams {
     u32 order_group;
     u32 order_lag;
     u32 combine_columns;
+    u32 combine_chunks;
     u32 x_is_fp8;
     u32 idx_is_int64;
     u32 weights_are_bf16;
     f32 swiglu_limit;
-    u32 pad;
 };
 static_assert(MOE_OFFSETOF(KernelParams, arena) == 0);
 static_assert(MOE_OFFSETOF(KernelParams, ranks) == 256);
-static_assert(MOE_OFFSETOF(KernelParams, off_abort) == 1024);
-static_assert(MOE_OFFSETOF(KernelParams, off_head_ready) == 1032);
-static_assert(MOE_OFFSETOF(KernelParams, off_head_num_tokens) == 1040);
-static_assert(MOE_OFFSETOF(KernelParams, off_x_ready) == 1048);
-static_assert(MOE_OFFSETOF(KernelParams, off_combine_ready) == 1056);
-static_assert(MOE_OFFSETOF(KernelParams, off_head_idx) == 1064);
-static_assert(MOE_OFFSETOF(KernelParams, off_head_weights) == 1072);
-static_assert(MOE_OFFSETOF(KernelParams, off_recv_x) == 1080);
-static_assert(MOE_OFFSETOF(KernelParams, off_recv_x_sf) == 1088);
-static_assert(MOE_OFFSETOF(KernelParams, off_combine_y) == 1096);
-static_assert(MOE_OFFSETOF(KernelParams, off_control) == 1104);
-static_assert(MOE_OFFSETOF(KernelParams, off_record) == 1112);
-static_assert(MOE_OFFSETOF(KernelParams, off_range_ready) == 1120);
-static_assert(MOE_OFFSETOF(KernelParams, off_list_ready) == 1128);
-static_assert(MOE_OFFSETOF(KernelParams, off_h_ready) == 1136);
-static_assert(MOE_OFFSETOF(KernelParams, off_block_done) == 1144);
-static_assert(MOE_OFFSETOF(KernelParams, off_range_count) == 1152);
-static_assert(MOE_OFFSETOF(KernelParams, off_row_list) == 1160);
-static_assert(MOE_OFFSETOF(KernelParams, off_h) == 1168);
-static_assert(MOE_OFFSETOF(KernelParams, recv_x_pitch) == 1176);
-static_assert(MOE_OFFSETOF(KernelParams, recv_x_sf_pitch) == 1184);
-static_assert(MOE_OFFSETOF(KernelParams, head_pitch) == 1192);
-static_assert(MOE_OFFSETOF(KernelParams, arrive_deadline_ns) == 1200);
-static_assert(MOE_OFFSETOF(KernelParams, step_deadline_ns) == 1208);
-static_assert(MOE_OFFSETOF(KernelParams, ep_size) == 1216);
-static_assert(MOE_OFFSETOF(KernelParams, ctas_per_rank) == 1220);
-static_assert(MOE_OFFSETOF(KernelParams, hidden) == 1224);
-static_assert(MOE_OFFSETOF(KernelParams, intermediate) == 1228);
-static_assert(MOE_OFFSETOF(KernelParams, num_local_experts) == 1232);
-static_assert(MOE_OFFSETOF(KernelParams, topk) == 1236);
-static_assert(MOE_OFFSETOF(KernelParams, capacity) == 1240);
-static_assert(MOE_OFFSETOF(KernelParams, slices) == 1244);
-static_assert(MOE_OFFSETOF(KernelParams, order_group) == 1248);
-static_assert(MOE_OFFSETOF(KernelParams, order_lag) == 1252);
-static_assert(MOE_OFFSETOF(KernelParams, combine_columns) == 1256);
-static_assert(MOE_OFFSETOF(KernelParams, x_is_fp8) == 1260);
-static_assert(MOE_OFFSETOF(KernelParams, idx_is_int64) == 1264);
-static_assert(MOE_OFFSETOF(KernelParams, weights_are_bf16) == 1268);
-static_assert(MOE_OFFSETOF(KernelParams, swiglu_limit) == 1272);
-static_assert(MOE_OFFSETOF(KernelParams, pad) == 1276);
-static_assert(sizeof(KernelParams) == 1280);
+static_assert(MOE_OFFSETOF(KernelParams, off_abort) == 1088);
+static_assert(MOE_OFFSETOF(KernelParams, off_head_ready) == 1096);
+static_assert(MOE_OFFSETOF(KernelParams, off_head_num_tokens) == 1104);
+static_assert(MOE_OFFSETOF(KernelParams, off_x_ready) == 1112);
+static_assert(MOE_OFFSETOF(KernelParams, off_combine_ready) == 1120);
+static_assert(MOE_OFFSETOF(KernelParams, off_head_idx) == 1128);
+static_assert(MOE_OFFSETOF(KernelParams, off_head_weights) == 1136);
+static_assert(MOE_OFFSETOF(KernelParams, off_recv_x) == 1144);
+static_assert(MOE_OFFSETOF(KernelParams, off_recv_x_sf) == 1152);
+static_assert(MOE_OFFSETOF(KernelParams, off_combine_y) == 1160);
+static_assert(MOE_OFFSETOF(KernelParams, off_control) == 1168);
+static_assert(MOE_OFFSETOF(KernelParams, off_record) == 1176);
+static_assert(MOE_OFFSETOF(KernelParams, off_range_ready) == 1184);
+static_assert(MOE_OFFSETOF(KernelParams, off_list_ready) == 1192);
+static_assert(MOE_OFFSETOF(KernelParams, off_h_ready) == 1200);
+static_assert(MOE_OFFSETOF(KernelParams, off_block_done) == 1208);
+static_assert(MOE_OFFSETOF(KernelParams, off_range_count) == 1216);
+static_assert(MOE_OFFSETOF(KernelParams, off_row_list) == 1224);
+static_assert(MOE_OFFSETOF(KernelParams, off_h) == 1232);
+static_assert(MOE_OFFSETOF(KernelParams, recv_x_pitch) == 1240);
+static_assert(MOE_OFFSETOF(KernelParams, recv_x_sf_pitch) == 1248);
+static_assert(MOE_OFFSETOF(KernelParams, head_pitch) == 1256);
+static_assert(MOE_OFFSETOF(KernelParams, arrive_deadline_ns) == 1264);
+static_assert(MOE_OFFSETOF(KernelParams, step_deadline_ns) == 1272);
+static_assert(MOE_OFFSETOF(KernelParams, ep_size) == 1280);
+static_assert(MOE_OFFSETOF(KernelParams, ctas_per_rank) == 1284);
+static_assert(MOE_OFFSETOF(KernelParams, hidden) == 1288);
+static_assert(MOE_OFFSETOF(KernelParams, intermediate) == 1292);
+static_assert(MOE_OFFSETOF(KernelParams, num_local_experts) == 1296);
+static_assert(MOE_OFFSETOF(KernelParams, topk) == 1300);
+static_assert(MOE_OFFSETOF(KernelParams, capacity) == 1304);
+static_assert(MOE_OFFSETOF(KernelParams, slices) == 1308);
+static_assert(MOE_OFFSETOF(KernelParams, order_group) == 1312);
+static_assert(MOE_OFFSETOF(KernelParams, order_lag) == 1316);
+static_assert(MOE_OFFSETOF(KernelParams, combine_columns) == 1320);
+static_assert(MOE_OFFSETOF(KernelParams, combine_chunks) == 1324);
+static_assert(MOE_OFFSETOF(KernelParams, x_is_fp8) == 1328);
+static_assert(MOE_OFFSETOF(KernelParams, idx_is_int64) == 1332);
+static_assert(MOE_OFFSETOF(KernelParams, weights_are_bf16) == 1336);
+static_assert(MOE_OFFSETOF(KernelParams, swiglu_limit) == 1340);
+static_assert(sizeof(KernelParams) == 1344);
 
 struct KernelStatus {
     u32 code;

@@ -12,10 +12,11 @@ constexpr u32 kNumThreads = 512;
 // warps 12-15 exchange  dispatch: routing and rows to the peers; then combine
 constexpr u32 kWeightsWarp = 8, kTokensWarp = 9, kStoreWarp = 11, kExchangeWarp = 12;
 constexpr u32 kMathWarps = 8, kTokensWarps = 2, kExchangeWarps = 4, kPlanWarps = 12;
+constexpr u32 kTokensArrivals = 33;  // of each tokens warp on tokens_full: one a lane, one more by lane 0
 constexpr u32 kTileReaders = kMathWarps + kTokensWarps + 1;
 
-constexpr u32 kMathRegisters = 208, kOtherRegisters = 48;
-static_assert(2 * 128 * (kMathRegisters + kOtherRegisters) == 65536, "the register file is shared out exactly");
+constexpr u32 kMathRegisters = 208, kLoadRegisters = 40, kExchangeRegisters = 56;
+static_assert(128 * (2 * kMathRegisters + kLoadRegisters + kExchangeRegisters) == 65536, "the register file, exactly");
 
 // Read again in each step on purpose: a value the compiler may not keep costs no register across the main loop, where
 // the accumulators need all of them.

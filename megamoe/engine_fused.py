@@ -49,12 +49,13 @@ class FusedWorkspace:
         with torch.cuda.device(self.device):
             torch.cuda.current_stream().synchronize()  # makes the context current for the driver calls below
             num_sms = min(workspace.ep_config.num_sms or 10**6, device_info(self.device.index).num_sms)
-            self.ctas_per_rank = num_sms // self.num_ranks
-            if self.ctas_per_rank < 1:
+            self.ctas_per_rank = layout.ctas_per_rank(num_sms, self.num_ranks)
+            if self.ctas_per_rank < 2:
                 raise ValueError(
-                    f"num_sms={num_sms} is less than virtual_ranks={self.num_ranks}; give each rank one SM"
+                    f"num_sms={num_sms} is less than virtual_ranks={self.num_ranks}; give each rank two SMs"
                 )
             self.dims = layout.dims_of(workspace.moe_configs, self.ep_config, self.ep_size, self.ctas_per_rank)
+            _check_blocks(workspace.moe_configs, self.ep_size, self.ep_config.num_max_tokens_per_rank)
             self.regions, arena_bytes, local_bytes = layout.place(self.dims)
             self.kernels = self._load_kernels(workspace.moe_configs)
             if self.num_ranks == self.ep_size:
@@ -127,14 +128,23 @@ class FusedWorkspace:
             raise MegaMoEError(f"launch {r.epoch} was ended by rank {r.origin}, whose own error says why", record)
         if code == "expert_out_of_range":
             signed = r.have - (1 << 32) if r.have >> 31 else r.have
+            src_rank, token = divmod(r.index, layout.MAX_TOKENS)
             raise MegaMoEError(
-                f"topk_idx of token {r.index} names expert {signed}; legal are -1 and 0 to {r.want - 1}", record
+                f"topk_idx of token {token} of rank {src_rank} names expert {signed}; "
+                f"legal are -1 and 0 to {r.want - 1}",
+                record._replace(index=token, have=signed),
             )
         raise MegaMoEError(f"launch {r.epoch}: {_story(record)}", record)
 
     def reset(self) -> None:
         """Collective. Waits for the GPU, clears flags, counters, epoch and the record."""
         self._clear()
+
+    def abandon(self) -> None:
+        """Let go without a word to the peers, who may be gone: on the way out of an exception a collective call would
+        hang and hide it. The process should end; its memory goes with it."""
+        self.memory.abandon()
+        self.kernels, self.local = {}, []
 
     def close(self) -> None:
         """Collective: gives the symmetric memory back after all ranks' work is done."""
@@ -144,6 +154,17 @@ class FusedWorkspace:
         for kernel in self.kernels.values():
             kernel.close()
         self.kernels, self.local = {}, []
+
+
+def _check_blocks(configs, ep_size: int, capacity: int) -> None:
+    # The kernel counts token blocks in 16 bits
+    for c in configs:
+        rows, block = capacity * ep_size * c.topk, choose_block_tokens(c, ep_size, capacity)
+        if rows // block + c.num_experts // ep_size > 65535:
+            raise ValueError(
+                f"num_max_tokens_per_rank={capacity} on {ep_size} ranks with topk={c.topk} can put {rows} rows on one "
+                f"rank, more than {65535 * block}; lower num_max_tokens_per_rank"
+            )
 
 
 def _story(r: ErrorRecord) -> str:
@@ -157,7 +178,7 @@ def _story(r: ErrorRecord) -> str:
 
 
 class FusedEngine:
-    """Holds one layer's weight images and its prepared parameters."""
+    """Holds one layer's weight images and its prepared parameters. For one thread at a time, like the layer."""
 
     def __init__(self, config: MoEConfig, workspace):
         self.config, self.shared = config, workspace.fused
@@ -205,12 +226,14 @@ class FusedEngine:
         p.weights_are_bf16 = first.topk_weights.dtype == torch.bfloat16
 
         block = choose_block_tokens(self.config, shared.ep_size, num_tokens_bound)
-        # Few rows an expert: all of linear1, then all of linear2. Many: waves of 8 blocks, linear2 three waves behind.
-        p.order_group, p.order_lag = (1, 1 << 20) if block <= 64 else (8, 3)
+        # Few rows an expert: all of linear1, then all of linear2. Many: waves of 4 pairs of blocks (one round of the
+        # GPU at intermediate 2048), linear2 three waves behind.
+        p.order_group, p.order_lag = (1, 1 << 20) if block <= 64 else (4, 3)
         warps = shared.ctas_per_rank * EXCHANGE_WARPS
         p.combine_columns = min(
             hidden, math.ceil(max(num_tokens_bound, 1) * hidden / warps / COMBINE_STEP) * COMBINE_STEP
         )
+        p.combine_chunks = -(-hidden // p.combine_columns)
         with torch.cuda.device(shared.device):
             stream = torch.cuda.current_stream().cuda_stream
             shared.kernels[block].launch(stream, shared.ctas_per_rank * shared.num_ranks, NUM_THREADS, p)

@@ -33,6 +33,13 @@ BLOCK_TOKENS = (8, 16, 32, 64, 128)
 
 ROLES = ("none", "plan", "weights", "tokens", "math", "store", "exchange", "exit")
 STEPS = ("none", "dispatch", "plan", "linear1", "swiglu", "linear2", "combine")
+# Of trace builds (csrc/debug/trace.cuh): who writes a list of records, how long it can be, and what a record can say.
+TRACE_ROLES = ("plan", "weights", "tokens", "math0", "math1", "store", "exchange")
+TRACE_RECORDS = 2048
+TRACE_EVENTS = (
+# Of trace builds (csrc/debug/trace.cuh): who writes a list of records, how long it is, what a record can say.
+    "stored", "combined", "end",
+)  # fmt: skip
 CODES = ("ok", "timeout", "expert_out_of_range", "aborted_by_peer")
 
 
@@ -157,6 +164,7 @@ class RankParams(ctypes.Structure):
         ("linear2", ctypes.c_uint64),
         ("local", ctypes.c_uint64),  # base of the local workspace
         ("status", ctypes.c_uint64),  # KernelStatus in pinned host memory
+        ("trace", ctypes.c_uint64),  # TraceRecord [CTAs, trace roles, TRACE_RECORDS], in trace builds; 0 otherwise
         ("linear1_dump", ctypes.c_uint64),  # fp32 sums of linear1, in test builds; 0 otherwise
         ("num_tokens", ctypes.c_uint32),  # rows of the caller's tensors
         ("ep_rank", ctypes.c_uint32),
@@ -186,11 +194,11 @@ class KernelParams(ctypes.Structure):
         ("order_group", ctypes.c_uint32),
         ("order_lag", ctypes.c_uint32),
         ("combine_columns", ctypes.c_uint32),  # columns of one combine item
+        ("combine_chunks", ctypes.c_uint32),  # items a token
         ("x_is_fp8", ctypes.c_uint32),
         ("idx_is_int64", ctypes.c_uint32),
         ("weights_are_bf16", ctypes.c_uint32),
         ("swiglu_limit", ctypes.c_float),  # +inf: no clamp
-        ("pad", ctypes.c_uint32),
     )
 
 
@@ -229,6 +237,11 @@ def place(dims: Dims) -> tuple[list[Placed], int, int]:
         )
         ends[r.where] += math.ceil(nbytes / REGION_ALIGN) * REGION_ALIGN
     return placed, ends["symmetric"], ends["local"]
+
+
+def ctas_per_rank(num_sms: int, num_ranks: int) -> int:
+    """CTAs of each of `num_ranks` ranks that share a GPU: even, since pairs share weights in the largest tile."""
+    return num_sms // num_ranks // 2 * 2
 
 
 def dims_of(moe_configs: Sequence, ep_config, ep_size: int, num_ctas: int = 132) -> Dims:
@@ -274,6 +287,7 @@ def _render_enum(name: str, words: Sequence[str]) -> str:
 def render_header() -> str:
     """The text of `csrc/params.gen.cuh`."""
     out = [
+        "// clang-format off\n"
         "// Generated from megamoe/layout.py by `python -m megamoe layout --write-header`. Do not edit.\n#pragma once\n"
         '#include "prelude.cuh"\n\nnamespace moe {\n'
     ]
@@ -287,10 +301,13 @@ def render_header() -> str:
         ("kNBlock", N_BLOCK),
         ("kImageSfOffset", IMAGE_SF_OFFSET),
         ("kImageCopyBytes", IMAGE_COPY_BYTES),
+        ("kTraceRecords", TRACE_RECORDS),
+        ("kNumTraceRoles", len(TRACE_ROLES)),
         ("kImagePitchBytes", IMAGE_PITCH_BYTES),
     )
     out.append("".join(f"constexpr u32 {name} = {value};\n" for name, value in constants))
-    out += [_render_enum("Role", ROLES), _render_enum("Step", STEPS), _render_enum("Code", CODES)]
+    enums = (("Role", ROLES), ("Step", STEPS), ("Code", CODES), ("Trace", TRACE_ROLES), ("Event", TRACE_EVENTS))
+    out += [_render_enum(name, words) for name, words in enums]
     out += [_render_struct(s) for s in (RankParams, KernelParams, KernelStatus)]
     out.append("}  // namespace moe\n")
     return "\n".join(out)

@@ -102,8 +102,12 @@ class Workspace:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
-        self.close()
+    def __exit__(self, kind, error, trace):
+        if kind is not None and self.fused is not None and self.ep_size > self.num_ranks_here:
+            self.closed = True  # peers may be gone: a collective close would hang and hide the error
+            self.fused.abandon()
+        else:
+            self.close()
 
     def _facts(self) -> dict:
         facts = {f"ep_config.{name}": value for name, value in asdict(self.ep_config).items()}

@@ -3,6 +3,7 @@
 // names.
 #pragma once
 #include "config.cuh"
+#include "debug/trace.cuh"
 #include "ptx/copy.cuh"
 #include "roles.cuh"
 #include "sched/order.cuh"
@@ -19,14 +20,19 @@ struct TokenLoader {
     const Launch& l;
     SharedStorage<C>& s;
     const u32* list;
-    RingPosition<C::kStages> stage;
+    RingPosition<kStages<C>> stage;
 
     MOE_DEVICE static u32 my_half() { return warp_id() - kTokensWarp; }  // which rows of the tile are this warp's
     MOE_DEVICE Story story(u32 step, u32 index) const { return {kRole_tokens, step, index}; }
 
+    MOE_DEVICE void mark(u32 event, const TileSlot& t) const {
+        if (my_half() == 0) trace(l, s, kTrace_tokens, event, t.number);
+    }
+
     // Names and weights of this warp's rows into the slot. Readers see them through the tile's first tokens_full.
     MOE_DEVICE void name_rows(const TileSlot& t, u32 slot) const {
         const u32 half = my_half();
+#pragma unroll 1
         for (u32 i = lane_id(); i < kRows; i += 32) {
             const u32 r = half * kRows + i;
             u32 row = 0;
@@ -46,6 +52,7 @@ struct TokenLoader {
     MOE_DEVICE bool wait_rows(const TileSlot& t, u32 slot) const {
         bool ok = s.healthy != 0;
         const u32 half = my_half();
+#pragma unroll 1
         for (u32 i = lane_id(); i < kRows && ok; i += 32) {
             const u32 r = half * kRows + i;
             if (r >= t.row_count) break;
@@ -62,7 +69,7 @@ struct TokenLoader {
         if (lane_id() == 0) s.healthy = 0;
         for (u32 i = 0; i < count; ++i, stage.advance()) {
             wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());
-            if (lane_id() == 0) ptx::mbarrier_arrive(&s.tokens_full[stage.slot()]);
+            if (lane_id() == 0) ptx::mbarrier_arrive(&s.tokens_full[stage.slot()], kTokensArrivals);
         }
     }
 
@@ -78,78 +85,86 @@ struct TokenLoader {
         __syncwarp();
     }
 
-    // Stage `stage_slot` is full for its share of this warp.
-    MOE_DEVICE void publish(u32 stage_slot) const {
-        ptx::fence_proxy_async();  // generic-proxy copies of this lane, before wgmma reads them
-        __syncwarp();
-        if (lane_id() == 0) ptx::mbarrier_arrive(&s.tokens_full[stage_slot]);
+    // What a tile needs besides stages: names of its rows, and for linear1 that they have arrived. Done halfway through
+    // the tile before, where the ring hides its three dependent loads (4 us with a loaded memory system).
+    MOE_DEVICE void prepare(u32 number) {
+        const u32 slot = number % kTileSlots;
+        wait_mbarrier(&s.tile_full[slot], number / kTileSlots & 1);
+        const TileSlot& t = s.tiles[slot];
+        if (t.kind == kTile_end) return;
+        name_rows(t, slot);
+        mark(kEvent_rows_named, t);
+        if (t.kind == kTile_linear1 && !wait_rows(t, slot) && lane_id() == 0) s.healthy = 0;
+        mark(kEvent_rows_here, t);
     }
 
-    MOE_DEVICE void load_linear1(const TileSlot& t, u32 slot) {
+    MOE_DEVICE void load_linear1(const TileSlot& t) {
         const u32 k_blocks = l.p.hidden / kKBlock;
-        name_rows(t, slot);
-        if (!wait_rows(t, slot)) return pass_stages(k_blocks);
-        locate_rows(slot);
+        __syncwarp();
+        if (!s.healthy) return pass_stages(k_blocks);
+        locate_rows(t.number % kTileSlots);
         const u32 half = my_half(), lane = lane_id();
         // Lane: 16-byte chunk lane % 8 of rows lane / 8 + 4 i. The swizzle of a row depends on i only by its parity.
         const u32 first = half * kRows + lane / 8, chunk = lane % 8 * 16;
         const u32 valid_steps = t.row_count > first ? ceil_div(t.row_count - first, 4) : 0;
         const u32 to_even = swizzle_128b(first, chunk), to_odd = swizzle_128b(first + 4, chunk) - 4 * kKBlock;
-        for (u32 k = 0; k < k_blocks; ++k) {
+        for (u32 k = 0; k < k_blocks; ++k, stage.advance()) {
             wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());
             auto& to = s.stages[stage.slot()];
             const u32 tokens = ptx::shared_address(to.tokens);
-#pragma unroll 4
+#pragma unroll 2
             for (u32 i = 0; i < kSteps; ++i) {
                 ptx::cp_async_16(tokens + (i % 2 ? to_odd : to_even) + i * 4 * kKBlock,
                                  s.row_source[first + i * 4] + k * kKBlock + chunk, i < valid_steps);
             }
+#pragma unroll 1
             for (u32 r = half * kRows + lane; r < (half + 1) * kRows; r += 32)
                 ptx::cp_async_4(ptx::shared_address(&to.tokens_sf[r]), s.row_sf_source[r] + k, r < t.row_count);
-            ptx::cp_async_commit();
-            if (k != 0) {  // published one stage late: the copies just issued stay in flight
-                ptx::cp_async_wait<1>();
-                publish(stage.previous_slot());
-            }
-            stage.advance();
+            // Each lane arrives when its copies land; lane 0 once more, at once, for the names of the rows (its arrival
+            // releases them, an asynchronous one does not). Math fences the proxies.
+            ptx::cp_async_arrive(&s.tokens_full[stage.slot()]);
+            if (lane == 0) ptx::mbarrier_arrive(&s.tokens_full[stage.slot()]);
+            if (k == k_blocks / 2) prepare(t.number + 1);
         }
-        ptx::cp_async_wait<0>();
-        publish(stage.previous_slot());
     }
 
     // h images of this token block. The role's first warp copies; the second only keeps the arrival count at two.
-    MOE_DEVICE void load_linear2(const TileSlot& t, u32 slot) {
-        name_rows(t, slot);
+    MOE_DEVICE void load_linear2(const TileSlot& t) {
         const u32 half = my_half(), lane = lane_id();
         const u32 k_blocks = l.p.intermediate / kKBlock;
         const u32* ready = l.h_ready(t.m_block);
         u32 ready_end = 0;  // k blocks known to be written
         for (u32 k = 0; k < k_blocks; ++k, stage.advance()) {
             if (half == 0 && k >= ready_end) {  // the needed block first, then as many of the next 31 as are there
-                const bool ok =
-                    s.healthy && wait_acquire_gpu(l, ready + k, l.p.arrive_deadline_ns + l.p.step_deadline_ns,
-                                                  story(kStep_swiglu, t.m_block));
-                if (!__all_sync(~0u, ok)) return pass_stages(k_blocks - k);
                 const bool there = k + lane < k_blocks && ptx::ld_acquire_gpu(ready + k + lane) == l.epoch;
                 const u32 missing = ~__ballot_sync(~0u, there);
                 ready_end = k + (missing ? __ffs(missing) - 1 : 32);
+                if (k == ready_end) {
+                    const bool ok = s.healthy && wait_acquire_gpu(l, ready + k, 2 * l.p.step_deadline_ns,
+                                                                  story(kStep_swiglu, t.m_block));
+                    if (!__all_sync(~0u, ok)) return pass_stages(k_blocks - k);
+                    ready_end = k + 1;
+                }
+                ptx::fence_proxy_async_global();  // acquired by generic loads, read by the copy engine below
             }
             wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());
             __syncwarp();  // all lanes' acquires above, before lane 0 reads what they announced
-            if (lane != 0) continue;
-            u64* full = &s.tokens_full[stage.slot()];
-            if (half == 1) {
-                ptx::mbarrier_arrive(full);
-                continue;
+            if (lane == 0) {
+                u64* full = &s.tokens_full[stage.slot()];
+                auto& to = s.stages[stage.slot()];
+                if (half == 1) {
+                    ptx::mbarrier_arrive(full, kTokensArrivals);
+                } else {
+                    const u8* image = l.h_image(t.m_block, k, C::kHImageBytes);
+                    ptx::mbarrier_arrive(full, kTokensArrivals - 1);
+                    ptx::mbarrier_arrive_expect_tx(full, C::kHImageBytes);
+                    ptx::bulk_load(to.tokens, image, C::kTokensBytes, full);
+                    ptx::bulk_load(to.tokens_sf, image + C::kTokensBytes, C::kBlockTokens * 4, full);
+                }
             }
-            ptx::fence_proxy_async();  // acquired by generic loads, read by the async proxy
-            auto& to = s.stages[stage.slot()];
-            const u8* image = l.h_image(t.m_block, k, C::kHImageBytes);
-            ptx::mbarrier_arrive_expect_tx(full, C::kHImageBytes);
-            ptx::bulk_load(to.tokens, image, C::kTokensBytes, full);
-            ptx::bulk_load(to.tokens_sf, image + C::kTokensBytes, C::kBlockTokens * 4, full);
+            __syncwarp();
+            if (k == k_blocks / 2) prepare(t.number + 1);
         }
-        __syncwarp();
     }
 };
 
@@ -158,14 +173,18 @@ template <class C>
 MOE_DEVICE void load_tokens(const Launch& l, SharedStorage<C>& s) {
     const bool small = s.table_offset[l.p.ep_size] <= C::kSmallTable;
     TokenLoader<C> loader{l, s, small ? s.small_list : l.row_list(), {}};
-    for (RingPosition<kTileSlots> slot;; slot.advance()) {
-        wait_mbarrier(&s.tile_full[slot.slot()], slot.consumer_parity());
-        const TileSlot& t = s.tiles[slot.slot()];
+    loader.prepare(0);
+    for (u32 next = 0;;) {  // the number is read back from the slot: a register less across the K loop
+        wait_mbarrier(&s.tile_full[next % kTileSlots], next / kTileSlots & 1);
+        const TileSlot& t = s.tiles[next % kTileSlots];
         if (t.kind == kTile_end) return;
-        if (t.kind == kTile_linear2) loader.load_linear2(t, slot.slot());
-        else loader.load_linear1(t, slot.slot());
+        loader.mark(kEvent_tile, t);
+        if (t.kind == kTile_linear2) loader.load_linear2(t);
+        else loader.load_linear1(t);
+        loader.mark(kEvent_k_loop, t);
+        next = t.number + 1;
         __syncwarp();
-        if (lane_id() == 0) ptx::mbarrier_arrive(&s.tile_empty[slot.slot()]);
+        if (lane_id() == 0) ptx::mbarrier_arrive(&s.tile_empty[(next - 1) % kTileSlots]);
     }
 }
 

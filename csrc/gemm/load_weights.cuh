@@ -2,58 +2,99 @@
 // for tokens, so HBM keeps streaming while rows travel.
 #pragma once
 #include "config.cuh"
+#include "debug/trace.cuh"
 #include "ptx/copy.cuh"
 #include "roles.cuh"
-#include "sched/order.cuh"
+#include "sched/tickets.cuh"
 #include "sync/ring.cuh"
 #include "sync/wait.cuh"
 
 namespace moe {
 
-// Announces the tile of ticket `i` (or the end). Readers: every other role of linear1 and linear2.
+// Announces tile `number`, or the end. Readers: every other role of linear1 and linear2.
 template <class C>
-MOE_DEVICE TileSlot announce(const Launch& l, SharedStorage<C>& s, const TileOrder& order, u32 i, u32 number) {
-    const u32 slot = number % kTileSlots;
-    TileSlot t{kTile_end, 0, 0, 0, 0, 0, number};
-    if (i < order.num_tiles()) {
-        const Tile tile = order.at(i);
-        t.kind = tile.is_linear2 ? kTile_linear2 : kTile_linear1;
-        t.m_block = tile.m_block, t.n_block = tile.n_block;
-        t.expert = find_expert(s.block_offset, l.p.num_local_experts, tile.m_block);
-        t.row_begin = s.row_offset[t.expert] + (tile.m_block - s.block_offset[t.expert]) * C::kBlockTokens;
-        t.row_count = min_u32(C::kBlockTokens, s.row_offset[t.expert + 1] - t.row_begin);
-    }
-    s.tiles[slot] = t;
-    ptx::mbarrier_arrive(&s.tile_full[slot]);
-    return t;
+MOE_DEVICE void announce(const Launch& l, SharedStorage<C>& s, u32 ticket, u32 tickets, u32 number) {
+    wait_mbarrier(&s.tile_empty[number % kTileSlots], (number / kTileSlots & 1) ^ 1);
+    TileSlot t{kTile_end};
+    // A lost launch takes no further tile; those announced before run to their end. In a cluster both CTAs keep step.
+    if (ticket < tickets && (s.healthy || C::kCluster > 1)) t = tile_of_ticket(l, s, ticket);
+    t.number = number;
+    s.tiles[number % kTileSlots] = t;
+    ptx::mbarrier_arrive(&s.tile_full[number % kTileSlots]);
 }
 
-// One thread.
+template <class C>
+MOE_DEVICE const u8* first_image(const Launch& l, const TileSlot& t, u32 k_blocks) {
+    const bool second = t.kind == kTile_linear2;
+    const u32 n_blocks = second ? l.n_blocks2() : l.n_blocks1();
+    return reinterpret_cast<const u8*>(second ? l.me.linear2 : l.me.linear1) +
+           (u64(t.expert) * n_blocks + t.n_block) * k_blocks * u64(kImagePitchBytes);
+}
+
+// One image, or in a pair half of it for both CTAs: the other half comes from the partner. Both halves count on this
+// CTA's barrier, and both CTAs' math warps have released the stage before either is sent.
+template <class C>
+MOE_DEVICE void load_image(const Launch& l, SharedStorage<C>& s, const u8* image, u32 stage, bool shares) {
+    const u64 policy = ptx::policy_evict_first();
+    u64* full = &s.weights_full[stage];
+    u8* to = s.stages[stage].weights;
+    ptx::mbarrier_arrive_expect_tx(full, kImageCopyBytes);
+    if (C::kCluster == 1 || !shares) {
+        ptx::bulk_load_hint(to, image, kImageCopyBytes, full, policy);
+    } else {
+        constexpr u32 kHalf = kImageSfOffset / 2;
+        const u32 begin = l.cta % 2 ? kHalf : 0;
+        ptx::bulk_load_pair(to + begin, image + begin, begin ? kImageCopyBytes - kHalf : kHalf, full, policy);
+    }
+}
+
+// The next ticket. Drawn, not dealt: tickets then start in their order, so that the token blocks of one weight block
+// meet in the L2 cache (dealt round robin they drift apart, and HBM delivers each block anew: 5.2 instead of 2 GB a
+// call). In a pair the first CTA draws and tells the second.
+template <class C>
+struct Tickets {
+    u32 drawn = 0;
+
+    MOE_DEVICE void draw(const Launch& l) {
+        if (C::kCluster == 1 || l.cta % 2 == 0)
+            drawn = l.num_ctas / C::kCluster + ptx::atom_add_relaxed_gpu(l.ticket_counter(), 1);
+    }
+    MOE_DEVICE u32 take(const Launch& l, SharedStorage<C>& s, u32 number) {
+        if constexpr (C::kCluster > 1) {
+            const u32 slot = number % kTicketSlots;
+            if (l.cta % 2 == 0) {
+                ptx::st_shared_cluster(&s.partner_ticket[slot], 1, drawn);
+                ptx::mbarrier_arrive_release_cluster(&s.ticket_full[slot], 1);
+            } else {
+                wait_mbarrier_acquire_cluster(&s.ticket_full[slot], number / kTicketSlots & 1);
+                return s.partner_ticket[slot];
+            }
+        }
+        return drawn;
+    }
+};
+
+// One thread. The next tile is announced early in this one, so that the tokens role can look up its rows in time.
 template <class C>
 MOE_DEVICE void load_weights(const Launch& l, SharedStorage<C>& s) {
-    const TileOrder order{s.num_m_blocks, l.n_blocks1(), l.n_blocks2(), l.p.order_group, l.p.order_lag};
-    const u64 policy = ptx::policy_evict_first();
-    RingPosition<C::kStages> stage;
-    u32 ticket = l.cta;
+    constexpr u32 kAnnounceAt = 2;
+    const u32 tickets = num_tickets(l, s);
+    RingPosition<kStages<C>> stage;
+    Tickets<C> draws;
+    announce(l, s, s.healthy ? l.cta / C::kCluster : tickets, tickets, 0);
     for (u32 number = 0;; ++number) {
-        wait_mbarrier(&s.tile_empty[number % kTileSlots], (number / kTileSlots & 1) ^ 1);
-        // A lost launch takes no further tile; those announced before run to their end.
-        const TileSlot t = announce(l, s, order, s.healthy ? ticket : order.num_tiles(), number);
+        const TileSlot& t = s.tiles[number % kTileSlots];
         if (t.kind == kTile_end) return;
-        ticket = l.num_ctas + ptx::atom_add_relaxed_gpu(l.ticket_counter(), 1);  // hidden behind this tile's stages
-
-        const bool second = t.kind == kTile_linear2;
-        const u32 k_blocks = (second ? l.p.intermediate : l.p.hidden) / kKBlock;
-        const u32 n_blocks = second ? order.n_blocks2 : order.n_blocks1;
-        const u8* image = reinterpret_cast<const u8*>(second ? l.me.linear2 : l.me.linear1) +
-                          (u64(t.expert) * n_blocks + t.n_block) * k_blocks * u64(kImagePitchBytes);
-        for (u32 k = 0; k < k_blocks; ++k, image += kImagePitchBytes) {
+        trace(l, s, kTrace_weights, kEvent_tile, number);
+        draws.draw(l);  // its latency hides behind the first stages
+        const u32 k_blocks = (t.kind == kTile_linear2 ? l.p.intermediate : l.p.hidden) / kKBlock;
+        const u8* image = first_image<C>(l, t, k_blocks);
+        for (u32 k = 0; k < k_blocks; ++k, image += kImagePitchBytes, stage.advance()) {
             wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());
-            u64* full = &s.weights_full[stage.slot()];
-            ptx::mbarrier_arrive_expect_tx(full, kImageCopyBytes);
-            ptx::bulk_load_hint(s.stages[stage.slot()].weights, image, kImageCopyBytes, full, policy);
-            stage.advance();
+            load_image(l, s, image, stage.slot(), t.shares_weights);
+            if (k == min_u32(kAnnounceAt, k_blocks - 1)) announce(l, s, draws.take(l, s, number), tickets, number + 1);
         }
+        trace(l, s, kTrace_weights, kEvent_k_loop, number);
     }
 }
 

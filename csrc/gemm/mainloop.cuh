@@ -3,6 +3,7 @@
 // orientations behind one name, `accumulate`: weights on M (few rows an expert) and tokens on M (many).
 #pragma once
 #include "config.cuh"
+#include "debug/trace.cuh"
 #include "ptx/wgmma.cuh"
 #include "roles.cuh"
 #include "sync/ring.cuh"
@@ -28,9 +29,15 @@ MOE_DEVICE void mma_k_block(f32 (&d)[kN / 2], u64 a, u64 b) {
     for (int k = 0; k < 4; ++k) ptx::Wgmma<kN>::mma(d, a + 2 * k, b + 2 * k, k != 0);
 }
 
+// To the loaders of this CTA, and of the other one that multicasts into it.
+template <u32 kCluster>
 MOE_DEVICE void release_stage(u64* empty, u32 lane) {
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(empty);
+    if constexpr (kCluster == 1) {
+        if (lane == 0) ptx::mbarrier_arrive(empty);
+    } else {
+        if (lane < kCluster) ptx::mbarrier_arrive_cluster(empty, lane);
+    }
 }
 
 // Weight scale factors of a thread's rows r and r + 8. linear1: gate and up rows alternate by 8; linear2: 128 rows
@@ -69,7 +76,7 @@ MOE_DEVICE void accumulate_stage_weights_on_m(Accumulator<C>& out, const Stage& 
     ptx::wgmma_wait<0>();
     ptx::wgmma_fence_operands(acc[1]);
     promote_weights_on_m(out.sum[1], acc[1], kRegisters, low, high, stage.tokens_sf, lane);
-    release_stage(empty, lane);
+    release_stage<C::kCluster>(empty, lane);
 }
 
 // linear1: 8 gate columns, then 8 up columns; linear2: a half of 128 columns shares one scale factor.
@@ -102,7 +109,7 @@ MOE_DEVICE void accumulate_stage_tokens_on_m(Accumulator<C>& out, const Stage& s
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
         ptx::wgmma_fence_operands(acc);
-        if (half == 1) release_stage(empty, lane);
+        if (half == 1) release_stage<C::kCluster>(empty, lane);
         promote_tokens_on_m(out.sum[half], acc, second && half ? sf1 : sf0, second && !half ? sf0 : sf1, row_low,
                             row_high);
     }
@@ -110,7 +117,7 @@ MOE_DEVICE void accumulate_stage_tokens_on_m(Accumulator<C>& out, const Stage& s
 
 // All K of one tile.
 template <class C>
-MOE_DEVICE void accumulate(const Launch& l, SharedStorage<C>& s, Accumulator<C>& out, RingPosition<C::kStages>& stage,
+MOE_DEVICE void accumulate(const Launch& l, SharedStorage<C>& s, Accumulator<C>& out, RingPosition<kStages<C>>& stage,
                            const TileSlot& t) {
     const u32 lane = lane_id(), warp = warp_id(), warpgroup = __shfl_sync(~0u, warp / 4, 0);
     const bool second = t.kind == kTile_linear2;
@@ -122,6 +129,8 @@ MOE_DEVICE void accumulate(const Launch& l, SharedStorage<C>& s, Accumulator<C>&
     for (u32 k = 0; k < k_blocks; ++k) {
         wait_mbarrier(&s.weights_full[stage.slot()], stage.consumer_parity());
         wait_mbarrier(&s.tokens_full[stage.slot()], stage.consumer_parity());
+        if (k == 0 && warp % 4 == 0) trace(l, s, kTrace_math0 + warpgroup, kEvent_first_stage, t.number);
+        if (!second) ptx::fence_proxy_async_shared();  // gathered rows were written by the generic proxy
         if constexpr (C::kWeightsOnM) {
             accumulate_stage_weights_on_m(out, s.stages[stage.slot()], warpgroup, second, lane,
                                           &s.stage_empty[stage.slot()]);

@@ -10,13 +10,13 @@
 namespace moe {
 
 // The rank's exchange warps share out slices, tokens and combine items round robin, CTA first.
-MOE_DEVICE u32 first_item(const Launch& l, u32 warp) { return warp * l.num_ctas + l.cta; }
+MOE_DEVICE u32 first_item(const Launch& l) { return (warp_id() - kExchangeWarp) * l.num_ctas + l.cta; }
 MOE_DEVICE u32 item_stride(const Launch& l) { return l.num_ctas * kExchangeWarps; }
 
 MOE_DEVICE i32 read_topk_idx(const Launch& l, u64 i) {
     if (l.p.idx_is_int64) {
-        const i64 id = reinterpret_cast<const i64*>(l.me.topk_idx)[i];
-        return id < -1 || id > 0x7FFFFFFF ? -2 : static_cast<i32>(id);  // -2: out of range in any model
+        const i64 id = reinterpret_cast<const i64*>(l.me.topk_idx)[i];  // saturated: out of range in any model
+        return static_cast<i32>(id > 0x7FFFFFFF ? 0x7FFFFFFF : id < -0x7FFFFFFF ? -0x7FFFFFFF : id);
     }
     return reinterpret_cast<const i32*>(l.me.topk_idx)[i];
 }
@@ -28,9 +28,10 @@ MOE_DEVICE f32 read_topk_weight(const Launch& l, u64 i) {
 
 // Routing of 64 tokens a slice: ids and weights to every rank, then one flag each. Slice 0 always goes: it brings
 // num_tokens.
-MOE_DEVICE void push_head(const Launch& l, u32 warp, u32 lane) {
-    const u32 me = l.me.ep_rank, num_tokens = l.num_tokens, slices = max_u32(1, ceil_div(num_tokens, kHeadSliceTokens));
-    for (u32 slice = first_item(l, warp); slice < slices; slice += item_stride(l)) {
+MOE_DEVICE void push_head(const Launch& l) {
+    const u32 lane = lane_id(), me = l.me.ep_rank, num_tokens = l.num_tokens,
+              slices = max_u32(1, ceil_div(num_tokens, kHeadSliceTokens));
+    for (u32 slice = first_item(l); slice < slices; slice += item_stride(l)) {
         const u32 begin = slice * kHeadSliceTokens * l.p.topk,
                   end = min_u32(begin + kHeadSliceTokens * l.p.topk, num_tokens * l.p.topk);
         for (u32 i = begin + lane; i < end; i += 32) {
@@ -113,10 +114,10 @@ MOE_DEVICE void push_row(const Launch& l, u32 token, u32 dst_mask, u32 lane) {
 }
 
 // Rows of this warp's tokens, four behind one fence (a system fence costs ~1 us with stores in flight).
-MOE_DEVICE void push_rows(const Launch& l, u32 warp, u32 lane) {
+MOE_DEVICE void push_rows(const Launch& l) {
     constexpr u32 kBatch = 4;
-    const u32 stride = item_stride(l), me = l.me.ep_rank;
-    for (u32 first = first_item(l, warp); first < l.num_tokens; first += kBatch * stride) {
+    const u32 lane = lane_id(), stride = item_stride(l), me = l.me.ep_rank;
+    for (u32 first = first_item(l); first < l.num_tokens; first += kBatch * stride) {
         u32 masks = 0;  // lane b: destination ranks of the batch's token b
 #pragma unroll 1
         for (u32 b = 0, token = first; b < kBatch && token < l.num_tokens; ++b, token += stride) {

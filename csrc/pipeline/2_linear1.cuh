@@ -23,20 +23,26 @@ MOE_DEVICE void dump_linear1(const Launch& l, const Accumulator<C>& acc, const T
             } else {
                 row = warp * 16 + r + 8 * high, column = part * 64 + j / 2 * 8 + 2 * q + low, up = j % 2;
             }
-            rows[u64(row) * width + up * l.p.intermediate + column] = acc.sum[part][i];
+            if (row < t.row_count) rows[u64(row) * width + up * l.p.intermediate + column] = acc.sum[part][i];
         }
 }
 #endif
 
+template <class C>
+MOE_DEVICE void mark_math(const Launch& l, SharedStorage<C>& s, u32 event, u32 tile) {
+    if (warp_id() % 4 == 0) trace(l, s, kTrace_math0 + warp_id() / 4, event, tile);
+}
+
 // Eight warps.
 template <class C>
 MOE_DEVICE void compute_tiles(const Launch& l, SharedStorage<C>& s) {
-    RingPosition<C::kStages> stage;
+    RingPosition<kStages<C>> stage;
     // The tile's number is read back from its slot: kept in a register, it would be one too many for the accumulators.
     for (u32 next = 0;;) {
         wait_mbarrier(&s.tile_full[next % kTileSlots], next / kTileSlots & 1);
         const TileSlot& t = s.tiles[next % kTileSlots];
         if (t.kind == kTile_end) return;
+        mark_math(l, s, kEvent_tile, next);
         Accumulator<C> acc;
         accumulate(l, s, acc, stage, t);
 #ifdef DUMP_LINEAR1
@@ -44,8 +50,10 @@ MOE_DEVICE void compute_tiles(const Launch& l, SharedStorage<C>& s) {
 #endif
 
         const u32 number = t.number, slot = number % kTileSlots;
-        wait_mbarrier(&s.staging_empty, (number & 1) ^ 1);
-        const u32 warp = warp_id(), lane = lane_id();
+        mark_math(l, s, kEvent_k_loop, number);
+        const u32 warp = warp_id(), lane = lane_id(), group = warp / 4 % C::kStagingGroups;
+        wait_mbarrier(&s.staging_empty[group], (number & 1) ^ 1);
+        mark_math(l, s, kEvent_staging, number);
         if (t.kind == kTile_linear1) {
             swiglu_and_quantize(l, s, acc, slot, warp, lane);
         } else if constexpr (C::kWeightsOnM) {
@@ -55,8 +63,9 @@ MOE_DEVICE void compute_tiles(const Launch& l, SharedStorage<C>& s) {
         }
         __syncwarp();
         next = number + 1;
+        mark_math(l, s, kEvent_epilogue, number);
         if (lane == 0) {
-            ptx::mbarrier_arrive(&s.staging_full);
+            ptx::mbarrier_arrive(&s.staging_full[group]);
             ptx::mbarrier_arrive(&s.tile_empty[slot]);
         }
     }

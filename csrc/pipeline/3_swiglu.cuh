@@ -112,7 +112,7 @@ MOE_DEVICE void swiglu_and_quantize(const Launch& l, SharedStorage<C>& s, Accumu
     } else {
         quantize_tokens_on_m(l, s, acc, s.tile_weights[slot], warp, lane);
     }
-    ptx::fence_proxy_async();  // staging is read next by a bulk copy
+    ptx::fence_proxy_async_shared();  // staging is read next by a bulk copy
 }
 
 }  // namespace moe

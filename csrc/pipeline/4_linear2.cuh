@@ -22,7 +22,7 @@ MOE_DEVICE void stage_rows_weights_on_m(SharedStorage<C>& s, const Accumulator<C
                                    ptx::pack_bf16(d[0], d[1]), ptx::pack_bf16(d[2], d[3]));
         }
     }
-    ptx::fence_proxy_async();  // staging is read next by bulk copies
+    ptx::fence_proxy_async_shared();  // staging is read next by bulk copies
 }
 
 // Four passes of 64 columns: 16 rows x 128 bytes of a warp into its slice (16-byte chunks XORed by row), out as 8 lanes

@@ -1,23 +1,33 @@
 // combine: y[token] = sum of the token's linear2 rows, fp32, in slot order (bitwise reproducible), as bf16 through the
-// TMA engine. An item is a token and `combine_columns` of it; an item waits only for its own token's rows.
+// TMA engine. An item is a token and `combine_columns` of it. A warp watches 32 items at once and sums whichever is
+// complete: tokens complete in the order of their last expert, so most are summed while the tensor cores still work.
 #pragma once
 #include "config.cuh"
+#include "debug/trace.cuh"
 #include "pipeline/1_dispatch.cuh"
 #include "ptx/copy.cuh"
 #include "sync/wait.cuh"
 
 namespace moe {
 
-// Mask of the token's used slots, once all their rows are here. Partner: store_rows in pipeline/store.cuh.
-MOE_DEVICE bool wait_slots(const Launch& l, u32 token, u32 lane, u32* used) {
-    const i32 id = token < l.num_tokens && lane < l.p.topk ? read_topk_idx(l, u64(token) * l.p.topk + lane) : -1;
-    bool ok = true;
-    const u64 deadline_ns = l.p.arrive_deadline_ns + 2 * l.p.step_deadline_ns;  // its partners wait for rows first
-    if (id != -1)
-        ok = wait_acquire_sys(l, l.combine_ready(l.me.ep_rank, token, lane), deadline_ns,
-                              {kRole_exchange, kStep_combine, token});
-    *used = __ballot_sync(~0u, id != -1);
-    return __all_sync(~0u, ok);
+// Wraps after 71 minutes; only differences are used.
+MOE_DEVICE u32 now_us() { return static_cast<u32>(ptx::globaltimer_ns() / 1000); }
+
+// Bits of the token's used slots.
+MOE_DEVICE u32 used_slots(const Launch& l, u32 token) {
+    u32 used = 0;
+    if (token >= l.num_tokens) return 0;
+#pragma unroll 1
+    for (u32 slot = 0; slot < l.p.topk; ++slot) used |= (read_topk_idx(l, u64(token) * l.p.topk + slot) != -1) << slot;
+    return used;
+}
+
+// What a lane knows of its item: used slots in the low half, those of them still missing in the high half.
+// Drops slots whose rows are here, up to the first that is not. Partner: store_rows in pipeline/store.cuh.
+MOE_DEVICE u32 drop_arrived(const Launch& l, u32 token, u32 slots) {
+    while (slots >> 16 && ptx::ld_acquire_sys(l.combine_ready(l.me.ep_rank, token, __ffs(slots >> 16) - 1)) == l.epoch)
+        slots &= (slots - 0x10000) | 0xFFFF;
+    return slots;
 }
 
 MOE_DEVICE void add_bf16(f32 (&sum)[8], uint4 v) {
@@ -26,52 +36,83 @@ MOE_DEVICE void add_bf16(f32 (&sum)[8], uint4 v) {
     for (int i = 0; i < 4; ++i) sum[2 * i] += ptx::bf16_low(pairs[i]), sum[2 * i + 1] += ptx::bf16_high(pairs[i]);
 }
 
-// 8 columns of a lane: two slots' loads in flight at a time, sums in slot order.
+// 8 columns of a lane: four slots' loads in flight at a time, sums in slot order.
 MOE_DEVICE uint4 sum_slots(const u16* rows, u32 hidden, u32 used) {
     f32 sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     while (used) {
-        const u32 first = __ffs(used) - 1;
-        used &= used - 1;
-        const uint4 a = ptx::ld_cg_v4(rows + first * hidden);
-        if (used) {
-            const u32 next = __ffs(used) - 1;
+        uint4 v[4];
+        const u32 batch = used;
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            if (used) v[i] = ptx::ld_cg_v4(rows + (__ffs(used) - 1) * hidden);
             used &= used - 1;
-            const uint4 b = ptx::ld_cg_v4(rows + next * hidden);
-            add_bf16(sum, a);
-            add_bf16(sum, b);
-        } else {
-            add_bf16(sum, a);
+        }
+        u32 rest = batch;
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            if (rest) add_bf16(sum, v[i]);
+            rest &= rest - 1;
         }
     }
     return make_uint4(ptx::pack_bf16(sum[0], sum[1]), ptx::pack_bf16(sum[2], sum[3]), ptx::pack_bf16(sum[4], sum[5]),
                       ptx::pack_bf16(sum[6], sum[7]));
 }
 
+// One item: columns [begin, begin + combine_columns) of a token, 256 at a time through two shared buffers of the warp.
+MOE_DEVICE void combine_item(const Launch& l, u8 (&buffers)[2][512], u32 token, u32 begin, u32 used) {
+    const u32 lane = lane_id(), hidden = l.p.hidden, end = min_u32(begin + l.p.combine_columns, hidden);
+#pragma unroll 1
+    for (u32 column = begin; column < end; column += 256) {
+        const u32 columns = min_u32(256, hidden - column);
+        u8* buffer = buffers[column / 256 % 2];
+        uint4 y = make_uint4(0, 0, 0, 0);
+        if (lane * 8 < columns) y = sum_slots(l.combine_y(l.me.ep_rank, token, 0) + column + lane * 8, hidden, used);
+        if (lane == 0) ptx::bulk_wait_read<1>();  // the buffer of two steps ago
+        __syncwarp();
+        if (lane * 8 < columns) ptx::st_shared_v4(ptx::shared_address(buffer) + lane * 16, y);
+        ptx::fence_proxy_async_shared();
+        __syncwarp();
+        if (lane == 0) {
+            ptx::bulk_store(reinterpret_cast<u16*>(l.me.y) + u64(token) * hidden + column, buffer, columns * 2);
+            ptx::bulk_commit();
+        }
+    }
+    if (lane == 0) ptx::bulk_wait_read<0>();  // the next item may start with either buffer
+    __syncwarp();
+}
+
+MOE_DEVICE u32 num_items(const Launch& l) { return l.me.num_tokens * l.p.combine_chunks; }
+
 // The exchange warps' second half. Rows past num_tokens and tokens with no slot give exact zeros.
 template <class C>
-MOE_DEVICE void combine(const Launch& l, SharedStorage<C>& s, u32 warp, u32 lane) {
-    const u32 hidden = l.p.hidden, chunks = ceil_div(hidden, l.p.combine_columns);
-    u32 buffer = 0;
-    for (u32 item = first_item(l, warp); item < l.me.num_tokens * chunks; item += item_stride(l)) {
-        const u32 token = item / chunks, begin = item % chunks * l.p.combine_columns;
-        u32 used;
-        if (!wait_slots(l, token, lane, &used)) break;
+MOE_DEVICE void combine(const Launch& l, SharedStorage<C>& s) {
+    const u32 lane = lane_id();
 #pragma unroll 1
-        for (u32 column = begin; column < min_u32(begin + l.p.combine_columns, hidden); column += 256, buffer ^= 1) {
-            const u32 columns = min_u32(256, hidden - column);
-            if (lane == 0) ptx::bulk_wait_read<1>();  // the buffer used two steps ago
-            __syncwarp();
-            if (lane * 8 < columns) {
-                const uint4 v = sum_slots(l.combine_y(l.me.ep_rank, token, 0) + column + lane * 8, hidden, used);
-                ptx::st_shared_v4(ptx::shared_address(s.y_slice[warp][buffer]) + lane * 16, v);
+    for (u32 first = first_item(l); first < num_items(l); first += 32 * item_stride(l)) {
+        const u32 item = first + lane * item_stride(l), token = item / l.p.combine_chunks;
+        u32 slots = item < num_items(l) ? used_slots(l, token) * 0x10001 : 0;
+        u32 pending = __ballot_sync(~0u, item < num_items(l)), idle_since = now_us();
+#pragma unroll 1
+        for (u32 polls = 1; pending; ++polls) {
+            slots = drop_arrived(l, token, slots);
+            u32 ready = __ballot_sync(~0u, slots >> 16 == 0) & pending;
+            pending &= ~ready;
+            if (ready) idle_since = now_us();
+#pragma unroll 1
+            for (; ready; ready &= ready - 1) {
+                const u32 owner = __ffs(ready) - 1, its_item = first + owner * item_stride(l);
+                combine_item(l, s.y_slice[warp_id() - kExchangeWarp], its_item / l.p.combine_chunks,
+                             its_item % l.p.combine_chunks * l.p.combine_columns,
+                             __shfl_sync(~0u, slots & 0xFFFF, owner));
             }
-            ptx::fence_proxy_async();
-            __syncwarp();
-            if (lane == 0) {
-                ptx::bulk_store(reinterpret_cast<u16*>(l.me.y) + u64(token) * hidden + column, s.y_slice[warp][buffer],
-                                columns * 2);
-                ptx::bulk_commit();
+            if (polls % 64 != 0 || !pending) continue;
+            bool lost = is_lost(l);
+            // Its partners may wait a step's deadline for rows themselves.
+            if (now_us() - idle_since > static_cast<u32>(2 * l.p.step_deadline_ns / 1000)) {
+                if (slots >> 16) give_up(l, kCode_timeout, {kRole_exchange, kStep_combine, token}, 0, l.epoch);
+                lost = true;
             }
+            if (__any_sync(~0u, lost)) pending = 0, first = num_items(l);
         }
     }
     if (lane == 0) ptx::bulk_wait_all();

@@ -23,7 +23,8 @@ MOE_DEVICE void report(const Launch& l, u32 aborted) {
 
 template <class C>
 MOE_DEVICE void leave(const Launch& l, SharedStorage<C>& s, u32 thread, u32 num_threads) {
-    __syncthreads();
+    if constexpr (C::kCluster > 1) ptx::cluster_sync();  // the partner may still copy and arrive here
+    else __syncthreads();
     if (thread == 0) {
         ptx::fence_acq_rel_gpu();
         s.is_last_cta = ptx::atom_add_acq_rel_gpu(l.exit_counter(), 1) + 1 == l.num_ctas;

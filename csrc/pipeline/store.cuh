@@ -2,6 +2,7 @@
 // rows to their owners; the last tile of a token block raises combine_ready for all its rows.
 #pragma once
 #include "config.cuh"
+#include "debug/trace.cuh"
 #include "ptx/copy.cuh"
 #include "roles.cuh"
 #include "sched/order.cuh"
@@ -10,15 +11,33 @@
 
 namespace moe {
 
+// Lane 0. One warpgroup's rows of the image (all of it where the warpgroups share an epilogue).
 template <class C>
-MOE_DEVICE void store_h(const Launch& l, SharedStorage<C>& s, const TileSlot& t, u32 lane) {
-    if (lane == 0) {
-        ptx::bulk_store(l.h_image(t.m_block, t.n_block, C::kHImageBytes), s.staging, C::kHImageBytes);
-        ptx::bulk_commit();
+MOE_DEVICE void store_h_group(SharedStorage<C>& s, u8* image, u32 group) {
+    constexpr u32 kRows = C::kBlockTokens / C::kStagingGroups;
+    const u32 rows = group * kRows * kKBlock, sf = C::kTokensBytes + group * kRows * 4;
+    if constexpr (C::kStagingGroups == 1) {
+        ptx::bulk_store(image, s.staging, C::kHImageBytes);
+    } else {
+        ptx::bulk_store(image + rows, s.staging + rows, kRows * kKBlock);
+        ptx::bulk_store(image + sf, s.staging + sf, kRows * 4);
+    }
+    ptx::bulk_commit();
+}
+
+template <class C>
+MOE_DEVICE void store_h(const Launch& l, SharedStorage<C>& s, const TileSlot& t, u32 parity, u32 lane) {
+    u8* image = l.h_image(t.m_block, t.n_block, C::kHImageBytes);
+    for (u32 group = 0; group < C::kStagingGroups; ++group) {
+        wait_mbarrier(&s.staging_full[group], parity);
+        if (lane != 0) continue;
+        const bool publish = s.healthy && t.row_count != 0;
+        if (publish) store_h_group(s, image, group);
         ptx::bulk_wait_read<0>();
-        ptx::mbarrier_arrive(&s.staging_empty);
+        ptx::mbarrier_arrive(&s.staging_empty[group]);
+        if (!publish || group + 1 < C::kStagingGroups) continue;
         ptx::bulk_wait_all();
-        ptx::fence_proxy_async();
+        ptx::fence_proxy_async_global();
         ptx::st_release_gpu(l.h_ready(t.m_block) + t.n_block, l.epoch);  // partner: load_linear2
     }
     __syncwarp();
@@ -27,10 +46,13 @@ MOE_DEVICE void store_h(const Launch& l, SharedStorage<C>& s, const TileSlot& t,
 // Rows of this tile are on their way (weights on M: sent here). Completion chain: the math warps' stores ->
 // staging_full -> fence -> block_done -> its last arriver -> combine_ready at the owner.
 template <class C>
-MOE_DEVICE void store_rows(const Launch& l, SharedStorage<C>& s, const TileSlot& t, const u32* rows, u32 lane) {
+MOE_DEVICE void store_rows(const Launch& l, SharedStorage<C>& s, const TileSlot& t, const u32* rows, u32 parity,
+                           u32 lane) {
+    for (u32 group = 0; group < C::kStagingGroups; ++group) wait_mbarrier(&s.staging_full[group], parity);
+    const bool publish = s.healthy && t.row_count != 0;  // a lost launch must not publish what a tile holds
     if constexpr (C::kWeightsOnM) {
         const u32 columns = min_u32(kNBlock, l.p.hidden - t.n_block * kNBlock);
-        for (u32 r = lane; r < t.row_count; r += 32) {
+        for (u32 r = lane; r < t.row_count && publish; r += 32) {
             const u32 row = rows[r];
             ptx::bulk_store(l.combine_y(row_src_rank(row), row_token(row), row_slot(row)) + t.n_block * kNBlock,
                             s.staging + r * C::kStagingRowBytes, columns * 2);
@@ -38,12 +60,13 @@ MOE_DEVICE void store_rows(const Launch& l, SharedStorage<C>& s, const TileSlot&
         ptx::bulk_commit();
         ptx::bulk_wait_read<0>();
         __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(&s.staging_empty);
+        if (lane == 0) ptx::mbarrier_arrive(&s.staging_empty[0]);
         ptx::bulk_wait_all();
-        ptx::fence_proxy_async();
+        ptx::fence_proxy_async_global();
     } else {
-        if (lane == 0) ptx::mbarrier_arrive(&s.staging_empty);
+        if (lane < C::kStagingGroups) ptx::mbarrier_arrive(&s.staging_empty[lane]);
     }
+    if (!publish) return;
     ptx::fence_acq_rel_sys();  // every lane: its own bulk stores, and the math warps' stores seen through staging_full
     __syncwarp();
     u32 is_last = 0;
@@ -70,14 +93,10 @@ MOE_DEVICE void store_tiles(const Launch& l, SharedStorage<C>& s, u32 lane) {
         wait_mbarrier(&s.tile_full[slot.slot()], slot.consumer_parity());
         const TileSlot& t = s.tiles[slot.slot()];
         if (t.kind == kTile_end) return;
-        wait_mbarrier(&s.staging_full, parity);
-        if (!s.healthy) {  // lost: what the tile holds must not be published
-            if (lane == 0) ptx::mbarrier_arrive(&s.staging_empty);
-        } else if (t.kind == kTile_linear1) {
-            store_h(l, s, t, lane);
-        } else {
-            store_rows(l, s, t, s.tile_rows[slot.slot()], lane);
-        }
+        trace(l, s, kTrace_store, kEvent_tile, t.number);
+        if (t.kind == kTile_linear1) store_h(l, s, t, parity, lane);
+        else store_rows(l, s, t, s.tile_rows[slot.slot()], parity, lane);
+        trace(l, s, kTrace_store, kEvent_stored, t.number);
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(&s.tile_empty[slot.slot()]);
     }

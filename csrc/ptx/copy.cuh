@@ -24,6 +24,15 @@ MOE_DEVICE void bulk_load_hint(void* shared, const void* global, u32 bytes, u64*
         "l"(global), "r"(bytes), "r"(shared_address(bar)), "l"(policy)
         : "memory");
 }
+// Into the same offset of both CTAs of the cluster, counted on the same barrier of each.
+MOE_DEVICE void bulk_load_pair(void* shared, const void* global, u32 bytes, u64* bar, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], "
+        "[%1], "
+        "%2, [%3], %4, %5;" ::"r"(shared_address(shared)),
+        "l"(global), "r"(bytes), "r"(shared_address(bar)), "h"(static_cast<u16>(3)), "l"(policy)
+        : "memory");
+}
 MOE_DEVICE void bulk_store(void* global, const void* shared, u32 bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
                  "r"(shared_address(shared)), "r"(bytes)
@@ -47,10 +56,9 @@ MOE_DEVICE void cp_async_4(u32 shared, const void* global, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4u : 0u)
                  : "memory");
 }
-MOE_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-MOE_DEVICE void cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+// This thread arrives once all its earlier cp.async have landed. Counted among the barrier's expected arrivals.
+MOE_DEVICE void cp_async_arrive(u64* bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
 }
 
 }  // namespace moe::ptx

@@ -17,6 +17,51 @@ MOE_DEVICE void mbarrier_arrive_expect_tx(u64* bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes)
                  : "memory");
 }
+MOE_DEVICE void mbarrier_arrive(u64* bar, u32 arrivals) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals) : "memory");
+}
+// On the same barrier of a CTA of the cluster. For stages that were only read: with .release.cluster, which would order
+// stores too, each arrival is a membar.gpu.
+MOE_DEVICE void mbarrier_arrive_cluster(u64* bar, u32 cluster_rank) {
+    asm volatile(
+        "{\n.reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(bar)),
+        "r"(cluster_rank)
+        : "memory");
+}
+// The same, releasing stores to the other CTA's shared memory.
+MOE_DEVICE void mbarrier_arrive_release_cluster(u64* bar, u32 cluster_rank) {
+    asm volatile(
+        "{\n.reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(bar)),
+        "r"(cluster_rank)
+        : "memory");
+}
+MOE_DEVICE bool mbarrier_try_wait_acquire_cluster(u64* bar, u32 parity) {
+    u32 done;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(bar)), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+MOE_DEVICE void st_shared_cluster(u32* p, u32 cluster_rank, u32 v) {
+    asm volatile(
+        "{\n.reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "st.shared::cluster.u32 [remote], %2;\n}" ::"r"(shared_address(p)),
+        "r"(cluster_rank), "r"(v)
+        : "memory");
+}
+// All threads of all CTAs of the cluster; what they did before is visible after.
+MOE_DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 MOE_DEVICE bool mbarrier_try_wait(u64* bar, u32 parity) {
     u32 done;
     asm volatile(
@@ -29,7 +74,10 @@ MOE_DEVICE bool mbarrier_try_wait(u64* bar, u32 parity) {
     return done != 0;
 }
 
-MOE_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// Between generic accesses and the copy engine's or wgmma's, each for its own memory: the unqualified fence is a
+// membar.gpu besides, ~1 us where stores are in flight.
+MOE_DEVICE void fence_proxy_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+MOE_DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 template <int kId, int kThreads>
 MOE_DEVICE void named_barrier_sync() {
     asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");

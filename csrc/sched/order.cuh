@@ -49,7 +49,8 @@ struct TileOrder {
 
 // Last index e with offsets[e] <= x: the expert of a token block. offsets has count + 1 entries; empty experts are
 // skipped.
-MOE_HOST_DEVICE u32 find_expert(const u32* offsets, u32 count, u32 x) {
+template <class T>
+MOE_HOST_DEVICE u32 find_expert(const T* offsets, u32 count, u32 x) {
     u32 low = 0, high = count;
     while (high - low > 1) {
         const u32 middle = (low + high) / 2;

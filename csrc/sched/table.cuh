@@ -52,7 +52,8 @@ MOE_DEVICE TableEntry read_entry(const Launch& l, SharedStorage<C>& s, u32 posit
     const i32 id =
         static_cast<i32>(ptx::ld_cg(reinterpret_cast<const u32*>(l.head_idx(l.me.ep_rank, src)) + slot_index));
     if (id < -1 || id >= static_cast<i32>(l.num_experts())) {
-        give_up(l, kCode_expert_out_of_range, {kRole_plan, kStep_plan, slot_index / l.p.topk}, static_cast<u32>(id),
+        const u32 row_name = src << kMaxTokenBits | slot_index / l.p.topk;
+        give_up(l, kCode_expert_out_of_range, {kRole_plan, kStep_plan, row_name}, static_cast<u32>(id),
                 l.num_experts());
         s.healthy = 0;
         return {kMaxLocalExperts, 0};
@@ -63,30 +64,47 @@ MOE_DEVICE TableEntry read_entry(const Launch& l, SharedStorage<C>& s, u32 posit
     return {expert, pack_row(src, slot_index / l.p.topk, slot_index % l.p.topk)};
 }
 
-// Exclusive sums of `count` over the experts: rows, and blocks of C::kBlockTokens rows. One warp, 8 experts a lane.
+// Exclusive sums over the experts: rows, blocks of C::kBlockTokens rows, and with clusters pairs of blocks and experts
+// with a block left over. One warp, 8 experts a lane.
 template <class C>
 MOE_DEVICE void offsets_of(const Launch& l, SharedStorage<C>& s, const u32* count, u32 lane) {
-    constexpr u32 kPerLane = kMaxLocalExperts / 32;
-    u32 rows = 0, blocks = 0;
+    constexpr u32 kPerLane = kMaxLocalExperts / 32, kSums = C::kCluster == 1 ? 2 : 4;
+    const auto terms = [&](u32 e, u32(&term)[4]) {
+        const u32 rows = e < l.p.num_local_experts ? count[e] : 0, blocks = ceil_div(rows, C::kBlockTokens);
+        term[0] = rows, term[1] = blocks, term[2] = blocks / 2, term[3] = blocks % 2;
+    };
+    u32 before[4] = {0, 0, 0, 0}, term[4];
+    const auto write = [&](u32 e) {
+        s.row_offset[e] = before[0], s.block_offset[e] = before[1];
+        if constexpr (C::kCluster > 1) s.pair_offset[e] = before[2], s.single_offset[e] = before[3];
+    };
+#pragma unroll 1
     for (u32 i = 0; i < kPerLane; ++i) {
-        const u32 e = lane * kPerLane + i, c = e < l.p.num_local_experts ? count[e] : 0;
-        rows += c, blocks += ceil_div(c, C::kBlockTokens);
-    }
-    u32 rows_before = rows, blocks_before = blocks;
+        terms(lane * kPerLane + i, term);
 #pragma unroll
-    for (u32 d = 1; d < 32; d *= 2) {
-        const u32 r = __shfl_up_sync(~0u, rows_before, d), b = __shfl_up_sync(~0u, blocks_before, d);
-        if (lane >= d) rows_before += r, blocks_before += b;
+        for (u32 k = 0; k < kSums; ++k) before[k] += term[k];
     }
-    rows_before -= rows, blocks_before -= blocks;
+#pragma unroll
+    for (u32 k = 0; k < kSums; ++k) {
+        const u32 own = before[k];
+#pragma unroll
+        for (u32 d = 1; d < 32; d *= 2) {
+            const u32 other = __shfl_up_sync(~0u, before[k], d);
+            if (lane >= d) before[k] += other;
+        }
+        before[k] -= own;
+    }
+#pragma unroll 1
     for (u32 i = 0; i < kPerLane; ++i) {
-        const u32 e = lane * kPerLane + i, c = e < l.p.num_local_experts ? count[e] : 0;
-        s.row_offset[e] = rows_before, s.block_offset[e] = blocks_before;
-        rows_before += c, blocks_before += ceil_div(c, C::kBlockTokens);
+        const u32 e = lane * kPerLane + i;
+        terms(e, term);
+        write(e);
+#pragma unroll
+        for (u32 k = 0; k < kSums; ++k) before[k] += term[k];
     }
     if (lane == 31) {
-        s.row_offset[kMaxLocalExperts] = rows_before, s.block_offset[kMaxLocalExperts] = blocks_before;
-        s.num_m_blocks = blocks_before;
+        write(kMaxLocalExperts);
+        s.num_m_blocks = before[1];
     }
 }
 
@@ -94,7 +112,25 @@ MOE_DEVICE void offsets_of(const Launch& l, SharedStorage<C>& s, const u32* coun
 struct PlanScratch {
     u32 histogram[kPlanWarps][kMaxLocalExperts];
     u32 count[kMaxLocalExperts];
+    u32 before[kMaxLocalExperts];
 };
+
+// All CTAs' counts into scratch.count; returns the rows of expert `thread` in the ranges of the CTAs before. Threads
+// take (CTA, expert) pairs, so that every one has a few loads in flight: one thread an expert took 25 us.
+MOE_DEVICE u32 sum_counts(const Launch& l, PlanScratch& scratch, u32 thread) {
+    constexpr u32 kThreads = kPlanWarps * 32;
+    if (thread < kMaxLocalExperts) scratch.count[thread] = scratch.before[thread] = 0;
+    ptx::named_barrier_sync<kBarrierPlan, kThreads>();
+    const u32 experts = l.p.num_local_experts;
+#pragma unroll 8
+    for (u32 i = thread; i < l.num_ctas * experts; i += kThreads) {
+        const u32 c = i / experts, e = i % experts, n = ptx::ld_cg(l.range_count(c) + e);
+        if (n) atomicAdd(&scratch.count[e], n);
+        if (n && c < l.cta) atomicAdd(&scratch.before[e], n);
+    }
+    ptx::named_barrier_sync<kBarrierPlan, kThreads>();
+    return thread < kMaxLocalExperts ? scratch.before[thread] : 0;
+}
 
 template <class C>
 MOE_DEVICE bool is_small_table(const SharedStorage<C>& s, u32 ep_size) {
@@ -104,7 +140,7 @@ MOE_DEVICE bool is_small_table(const SharedStorage<C>& s, u32 ep_size) {
 // Called by all plan threads. False: the launch is lost.
 template <class C>
 MOE_DEVICE bool build_row_list(const Launch& l, SharedStorage<C>& s, u32 thread) {
-    PlanScratch& scratch = *reinterpret_cast<PlanScratch*>(&s.stages[C::kStages - 1]);
+    PlanScratch& scratch = *reinterpret_cast<PlanScratch*>(&s.stages[kStages<C> - 1]);
     static_assert(sizeof(PlanScratch) <= C::kStageBytes);
     const u32 warp = thread / 32, lane = thread % 32;
     for (u32 i = thread; i < kPlanWarps * kMaxLocalExperts; i += kPlanWarps * 32) scratch.histogram[0][i] = 0;
@@ -139,15 +175,7 @@ MOE_DEVICE bool build_row_list(const Launch& l, SharedStorage<C>& s, u32 thread)
     if (!small) {
         if (thread < l.p.num_local_experts) l.range_count(l.cta)[thread] = own;
         if (!grid_rendezvous(l, l.range_ready(0), thread, &s.healthy, 0)) return false;
-        if (thread < l.p.num_local_experts) {
-            u32 all = 0;
-            for (u32 c = 0; c < l.num_ctas; ++c) {
-                const u32 n = ptx::ld_cg(l.range_count(c) + thread);
-                all += n;
-                if (c < l.cta) before += n;
-            }
-            scratch.count[thread] = all;
-        }
+        before = sum_counts(l, scratch, thread);
     }
     ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
     if (warp == 0) offsets_of(l, s, scratch.count, lane);
@@ -167,9 +195,25 @@ MOE_DEVICE bool build_row_list(const Launch& l, SharedStorage<C>& s, u32 thread)
         if (here && lane == __ffs(peers) - 1) histogram[entry.expert] += __popc(peers);
         __syncwarp();
     }
+    ptx::fence_proxy_async_shared();  // the scratch lies in a stage that bulk copies, also the partner's, fill next
     if (!small) return grid_rendezvous(l, l.list_ready(0), thread, &s.healthy, 1);
     ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
     return s.healthy != 0;
+}
+
+// The CTAs of a cluster go on together or not at all: one that failed its plan takes its partner's along.
+template <class C>
+MOE_DEVICE void agree_in_cluster(const Launch& l, SharedStorage<C>& s, u32 thread) {
+    if constexpr (C::kCluster > 1) {
+        if (thread == 0) {
+            const u32 other = l.cta % 2 ^ 1;
+            if (!s.healthy) ptx::st_shared_cluster(&s.partner_failed, other, 1);
+            ptx::mbarrier_arrive(&s.plan_agreed);
+            ptx::mbarrier_arrive_release_cluster(&s.plan_agreed, other);
+            wait_mbarrier_acquire_cluster(&s.plan_agreed, 0);
+            if (s.partner_failed) s.healthy = 0;
+        }
+    }
 }
 
 }  // namespace moe

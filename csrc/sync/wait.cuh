@@ -56,5 +56,10 @@ MOE_DEVICE void wait_mbarrier(u64* bar, u32 parity) {
     while (!ptx::mbarrier_try_wait(bar, parity)) {
     }
 }
+// For stores of the other CTA of the cluster, once a launch.
+MOE_DEVICE void wait_mbarrier_acquire_cluster(u64* bar, u32 parity) {
+    while (!ptx::mbarrier_try_wait_acquire_cluster(bar, parity)) {
+    }
+}
 
 }  // namespace moe

@@ -31,9 +31,9 @@ class Plan(NamedTuple):
     poison_token: bool
 
 
-def draw(seed: int) -> Plan:
+def draw(seed: int, ep_sizes: tuple[int, ...] = (1, 2, 4, 8)) -> Plan:
     r = random.Random(seed)
-    ep_size = r.choice((1, 2, 4, 8))
+    ep_size = r.choice(ep_sizes)
     num_local_experts = r.choice((1, 2, 3, 8, 32))
     topk = r.choice((1, 2, 3, 6, 8, 16))
     config = MoEConfig(
@@ -69,13 +69,20 @@ def build(plan: Plan, device: str = "cuda") -> Case:
     return case._replace(inputs=inputs)
 
 
-def run_layer(layer: MoELayer, case: Case, bound: int | None, outs: list | None = None) -> list[torch.Tensor]:
+def empty_outs(case: Case) -> list[torch.Tensor]:
+    return [torch.full(i.x.shape, float("nan"), dtype=torch.bfloat16, device=i.x.device) for i in case.inputs]
+
+
+def run_layer(layer: MoELayer, case: Case, bound: int | None = None, outs: list | None = None) -> list[torch.Tensor]:
     """One call on virtual ranks with outputs poisoned beforehand."""
-    hidden = [i.x if i.x_sf is None else (i.x, i.x_sf) for i in case.inputs]
-    if outs is None:
-        outs = [torch.empty(i.x.shape, dtype=torch.bfloat16, device=i.x.device) for i in case.inputs]
+    outs = empty_outs(case) if outs is None else outs
     for out in outs:
         out.fill_(float("nan"))
+    return call(layer, case, bound, outs)
+
+
+def call(layer: MoELayer, case: Case, bound: int | None, outs: list | None) -> list[torch.Tensor]:
+    hidden = [i.x if i.x_sf is None else (i.x, i.x_sf) for i in case.inputs]
     return layer(hidden, [i.topk_idx for i in case.inputs], [i.topk_weights for i in case.inputs],
                  num_tokens=[i.num_tokens for i in case.inputs], num_tokens_bound=bound, out=outs)  # fmt: skip
 
@@ -91,6 +98,30 @@ def spec(case: Case) -> list[torch.Tensor]:
     return steps.moe_layer(case.config, LocalExchange(case.ep_size), case.weights, case.inputs)
 
 
+def row_limit(intermediate: int) -> float:
+    """Most relative L2 error of one output row against the specification: 3e-2 from intermediate 512 on.
+
+    The tensor core adds e4m3 products with about 14 bits, so that linear1 differs from the specification by some 1e-4
+    and now and then an h lies on the other side of an e4m3 rounding boundary. Such a flip moves h by one e4m3 step, an
+    eighth of its value at most, and linear2 hands the whole of it on: of a row of `intermediate` values of like size it
+    is about 1 / (8 sqrt(intermediate)), several times that for the largest of them, and in a row that holds a few flips
+    they add up in squares. The bound follows that root: 6e-2 at 128, 4.2e-2 at 256, 3.5e-2 at 384. (Random rows with
+    linear1 disturbed by 2e-4 to 5e-4 of its size, 4000 at a time: worst 4.7e-2, 3.9e-2, 3.2e-2.) What no flip excuses
+    is checked without them, stage by stage: test_stages.py.
+    """
+    return min(6e-2, 3e-2 * max(1.0, 512 / intermediate) ** 0.5)
+
+
+def compare(config: MoEConfig, actual: list[torch.Tensor], expected: list[torch.Tensor]) -> Verdict:
+    """Whole tensor < 1e-2, every row below row_limit, zero rows exactly zero, NaN exactly where expected."""
+    return verdict_ranks(actual, expected, max_row_rel_l2=row_limit(config.intermediate))
+
+
+def bits(outs: list[torch.Tensor]) -> torch.Tensor:
+    """All ranks' outputs as one tensor of bits: NaN equals itself, and 0 is not -0."""
+    return torch.cat([out.view(torch.int16).flatten() for out in outs])
+
+
 def judge(plan: Plan) -> Verdict:
     """Build, run twice, compare with the specification and with itself bit for bit."""
     case = build(plan)
@@ -101,6 +132,6 @@ def judge(plan: Plan) -> Verdict:
         second = run_layer(layer, case, plan.bound)
         torch.cuda.synchronize()
         layer.check()
-        same = all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(first, second, strict=True))
-        result = verdict_ranks(second, spec(case))
+        same = torch.equal(bits(first), bits(second))
+        result = compare(plan.config, second, spec(case))
         return result if same else result._replace(ok=False, text=result.text + "; two runs differ")

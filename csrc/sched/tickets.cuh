@@ -1,0 +1,59 @@
+// From ticket to tile: what this CTA does next. With clusters a ticket is a pair of tiles of one linear, so that both
+// CTAs walk their stages in step: two token blocks of an expert against one weight block, or, where an expert has a
+// block left over, that block against two weight blocks. All pairs come first, then the left-over blocks.
+#pragma once
+#include "config.cuh"
+#include "sched/order.cuh"
+#include "sync/launch.cuh"
+
+namespace moe {
+
+template <class C>
+MOE_DEVICE u32 num_tickets(const Launch& l, const SharedStorage<C>& s) {
+    const u32 n1 = l.n_blocks1(), n2 = l.n_blocks2();
+    if constexpr (C::kCluster == 1) {
+        return s.num_m_blocks * (n1 + n2);
+    } else {
+        const u32 pairs = s.pair_offset[kMaxLocalExperts], singles = s.single_offset[kMaxLocalExperts];
+        return pairs * (n1 + n2) + singles * (ceil_div(n1, 2) + ceil_div(n2, 2));
+    }
+}
+
+template <class C>
+MOE_DEVICE TileSlot tile_of_ticket(const Launch& l, const SharedStorage<C>& s, u32 ticket) {
+    TileOrder order{s.num_m_blocks, l.n_blocks1(), l.n_blocks2(), l.p.order_group, l.p.order_lag};
+    const u16* offsets = s.block_offset;
+    bool single = false;
+    if constexpr (C::kCluster > 1) {
+        order.num_m_blocks = s.pair_offset[kMaxLocalExperts];
+        single = ticket >= order.num_tiles();
+        offsets = single ? s.single_offset : s.pair_offset;
+        if (single) {
+            ticket -= order.num_tiles();
+            order.num_m_blocks = s.single_offset[kMaxLocalExperts];
+            order.n_blocks1 = ceil_div(order.n_blocks1, 2), order.n_blocks2 = ceil_div(order.n_blocks2, 2);
+        }
+    }
+    const Tile tile = order.at(ticket);
+    const u32 expert = find_expert(offsets, kMaxLocalExperts, tile.m_block), half = l.cta % C::kCluster;
+    u32 m_block = tile.m_block, n_block = tile.n_block, idle = 0;
+    if constexpr (C::kCluster > 1) {
+        m_block =
+            single ? s.block_offset[expert + 1] - 1 : s.block_offset[expert] + 2 * (m_block - offsets[expert]) + half;
+        if (single) {
+            const u32 last = (tile.is_linear2 ? l.n_blocks2() : l.n_blocks1()) - 1;
+            n_block = 2 * n_block + half;
+            idle = n_block > last;  // an odd weight block: this CTA only keeps step
+            n_block = min_u32(n_block, last);
+        }
+    }
+    TileSlot t;
+    t.kind = tile.is_linear2 ? kTile_linear2 : kTile_linear1;
+    t.expert = expert, t.m_block = m_block, t.n_block = n_block;
+    t.row_begin = s.row_offset[expert] + (m_block - s.block_offset[expert]) * C::kBlockTokens;
+    t.row_count = idle ? 0 : min_u32(C::kBlockTokens, s.row_offset[expert + 1] - t.row_begin);
+    t.shares_weights = C::kCluster > 1 && !single;
+    return t;
+}
+
+}  // namespace moe

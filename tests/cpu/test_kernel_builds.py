@@ -1,0 +1,64 @@
+"""Every kernel configuration compiles for sm_90a without loss, from parameters that are those of megamoe/layout.py.
+
+That a CTA's shared memory stays within 227 KiB is a static_assert (csrc/config.cuh): compiling proves it.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from megamoe import layout
+from megamoe.builds import KernelBuild, kernel_build, kernel_builds
+from megamoe_cuda.compile import CompiledKernel, compile_kernel, read_sources
+from megamoe_cuda.errors import CompileError, MissingLibraryError, nvrtc
+
+THREADS, REGISTERS_OF_AN_SM = 512, 65536
+
+
+def compile_build(build: KernelBuild) -> CompiledKernel:
+    return compile_kernel(build.source, build.entry, build.defines)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, CompiledKernel]:
+    try:
+        nvrtc()
+    except MissingLibraryError as error:
+        pytest.skip(f"not run: {error}")
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip([build.name for build in kernel_builds()], pool.map(compile_build, kernel_builds())))
+
+
+def test_one_build_for_each_tile_size():
+    assert [build.defines["BLOCK_TOKENS"] for build in kernel_builds()] == list(layout.BLOCK_TOKENS)
+
+
+@pytest.mark.parametrize("build", kernel_builds(), ids=lambda build: build.name)
+def test_configuration_compiles_without_loss(build, compiled):
+    kernel = compiled[build.name]
+    need = kernel.resources
+    assert (need.spill_stores, need.spill_loads, need.stack) == (0, 0, 0), kernel.log
+    assert need.registers * THREADS == REGISTERS_OF_AN_SM  # setmaxnreg shares out all of them, roles.cuh
+    assert need.smem_static == 0  # all of it is dynamic, and asserted
+    assert not need.losses and not {"C7508", "C7510", "C7514"}.intersection(need.codes), need.warnings
+    assert b"mega_moe_shared_bytes" in kernel.cubin  # the engine reads it
+
+
+def test_an_illegal_tile_size_does_not_compile(compiled):
+    build = kernel_build(128)
+    with pytest.raises(CompileError, match="static"):
+        compile_kernel(build.source, build.entry, {"BLOCK_TOKENS": 96})
+
+
+def test_more_shared_memory_than_a_cta_has_does_not_compile(compiled):
+    sources, build = read_sources(), kernel_build(64)
+    text = sources["config.cuh"]
+    assert text.count("/ C::kStageBytes);") == 1
+    sources["config.cuh"] = text.replace("/ C::kStageBytes);", "/ C::kStageBytes + 2);")  # more stages than fit
+    with pytest.raises(CompileError, match="static"):
+        compile_kernel(build.source, build.entry, build.defines, sources=sources)
+
+
+def test_generated_header_is_fresh():
+    text = read_sources()["params.gen.cuh"]
+    assert text == layout.render_header(), "run: python -m megamoe layout --write-header"

@@ -1,0 +1,255 @@
+"""What one of two ranks with a GPU each runs in test_ep2_gpu: ``python ep2_jobs.py``. One line of JSON for each job:
+{"job", "ok", "text", "seconds"}. A job that raises is reported and ends the process: the peer may not be in step.
+
+Every rank makes both ranks' weights and inputs from the seed, computes the specification for both alone, and compares
+its own rows.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+
+import torch
+import torch.distributed as dist
+
+from megamoe import EPConfig, MegaMoEError, MoEConfig, MoELayer, Workspace
+from megamoe.ranks import init_process_group
+from megamoe.testing.data import Case, make_case
+from tests.gpu import oracle
+
+CAPACITY = 256
+LARGE = MoEConfig(hidden=2048, intermediate=1024, num_experts=16, topk=6)
+SMALL = MoEConfig(hidden=384, intermediate=640, num_experts=6, topk=3, swiglu_limit=1.0)
+SHAPES = tuple({oracle.draw(seed, (2,)).config for seed in range(16)}) + (LARGE, SMALL)
+NUM_RANDOM = 72
+
+
+def load(layer: MoELayer, case: Case, rank: int) -> None:
+    w = case.weights[rank]
+    layer.load_weights(w.linear1, w.linear2, w.linear1_sf, w.linear2_sf)
+
+
+def call(layer: MoELayer, case: Case, rank: int, out: torch.Tensor, bound: int | None = None) -> torch.Tensor:
+    i = case.inputs[rank]
+    x = i.x if i.x_sf is None else (i.x, i.x_sf)
+    return layer(x, i.topk_idx, i.topk_weights, num_tokens=i.num_tokens, num_tokens_bound=bound, out=out)
+
+
+def poisoned(case: Case, rank: int) -> torch.Tensor:
+    return torch.full(case.inputs[rank].x.shape, float("nan"), dtype=torch.bfloat16, device="cuda")
+
+
+def judge(case: Case, rank: int, y: torch.Tensor):
+    return oracle.compare(case.config, [y], [oracle.spec(case)[rank]])
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(oracle.bits([a]), oracle.bits([b]))
+
+
+def settle(layer: MoELayer) -> None:
+    torch.cuda.synchronize()
+    layer.check()
+
+
+def random_cases(workspace: Workspace, rank: int) -> str:
+    """Random routing, counts, dtypes and bounds; each call twice, the second bitwise the first."""
+    worst, ran = 0.0, 0
+    for seed in range(NUM_RANDOM):
+        plan = oracle.draw(1000 + seed, (2,))
+        plan = plan._replace(config=sorted(SHAPES, key=str)[seed % len(SHAPES)])
+        case = oracle.build(plan)
+        with MoELayer(plan.config, workspace) as layer:
+            load(layer, case, rank)
+            first = call(layer, case, rank, poisoned(case, rank), plan.bound).clone()
+            second = call(layer, case, rank, poisoned(case, rank), plan.bound)
+            settle(layer)
+            result = judge(case, rank, second)
+            assert result.ok, f"{result.text}\n{plan}"
+            assert same(first, second), f"two runs differ\n{plan}"
+            worst, ran = max(worst, result.worst_row), ran + 1
+    return f"{ran} cases, worst row {worst:.2e}"
+
+
+def back_to_back(workspace: Workspace, rank: int) -> str:
+    case = make_case(1, LARGE, 2, [32, 17], "uniform", "cuda", prequantized=True)
+    with MoELayer(LARGE, workspace) as layer:
+        load(layer, case, rank)
+        out, first = poisoned(case, rank), call(layer, case, rank, poisoned(case, rank)).clone()
+        wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        for number in range(2000):
+            if number % 100 == 0:
+                out.fill_(float("nan"))
+            call(layer, case, rank, out)
+            if number % 20 == 0:
+                wrong += (oracle.bits([out]) != oracle.bits([first])).sum()
+        wrong += (oracle.bits([out]) != oracle.bits([first])).sum()
+        settle(layer)
+        assert int(wrong) == 0, f"{int(wrong)} values differ from the first call's"
+        result = judge(case, rank, out)
+        assert result.ok, result.text
+    return "2000 calls, bitwise the same"
+
+
+def uneven_pace(workspace: Workspace, rank: int) -> str:
+    """Now one rank is late, now the other: a rank one call ahead must not disturb the slower one."""
+    cases = [make_case(seed, LARGE, 2, [40, 24], "uniform", "cuda") for seed in (1, 2)]
+    cases[1] = cases[1]._replace(weights=cases[0].weights)
+    with MoELayer(LARGE, workspace) as layer:
+        load(layer, cases[0], rank)
+        expected = [call(layer, case, rank, poisoned(case, rank)).clone() for case in cases]
+        settle(layer)
+        wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        for number in range(200):
+            if (number // 3 + rank) % 2:
+                torch.cuda._sleep(200_000)  # some 100 us
+            out = call(layer, cases[number % 2], rank, poisoned(cases[0], rank))
+            wrong += (oracle.bits([out]) != oracle.bits([expected[number % 2]])).sum()
+        settle(layer)
+        assert int(wrong) == 0, f"{int(wrong)} values differ"
+        for case, y in zip(cases, expected):
+            result = judge(case, rank, y)
+            assert result.ok, result.text
+    return "200 calls in uneven pace"
+
+
+def graph_replay(workspace: Workspace, rank: int) -> str:
+    static = make_case(3, LARGE, 2, [20, 33], "uniform", "cuda")
+    counts = [torch.zeros(1, dtype=torch.int32, device="cuda") for _ in static.inputs]
+    static = static._replace(inputs=[i._replace(num_tokens=n) for i, n in zip(static.inputs, counts)])
+    out, graph = poisoned(static, rank), torch.cuda.CUDAGraph()
+    with MoELayer(LARGE, workspace) as layer:
+        load(layer, static, rank)
+        call(layer, static, rank, out)
+        settle(layer)
+        with torch.cuda.graph(graph):
+            call(layer, static, rank, out)
+        for seed, (routing, sizes) in enumerate(zip(("uniform", "holes", "zipf", "none", "duplicates"),
+                                                     ((20, 33), (0, 33), (7, 1), (20, 0), (0, 0)))):  # fmt: skip
+            other = make_case(50 + seed, LARGE, 2, [20, 33], routing, "cuda")
+            for mine, theirs, count in zip(static.inputs, other.inputs, sizes):
+                mine.x.copy_(theirs.x)
+                mine.topk_idx.copy_(theirs.topk_idx)
+                mine.topk_weights.copy_(theirs.topk_weights)
+                mine.num_tokens.fill_(count)
+            out.fill_(float("nan"))
+            for _ in range(5):
+                graph.replay()
+            settle(layer)
+            result = judge(static, rank, out)
+            assert result.ok, f"{routing} {sizes}: {result.text}"
+        del graph
+    return "5 routings and counts, 5 replays each"
+
+
+def layers_take_turns(workspace: Workspace, rank: int) -> str:
+    layers = [MoELayer(config, workspace) for config in (LARGE, SMALL)]
+    cases = [make_case(7, config, 2, [50, 64], "duplicates", "cuda") for config in (LARGE, SMALL)]
+    for layer, case in zip(layers, cases):
+        load(layer, case, rank)
+    first = [call(layer, case, rank, poisoned(case, rank)).clone() for layer, case in zip(layers, cases)]
+    for _ in range(100):
+        outs = [call(layer, case, rank, poisoned(case, rank)) for layer, case in zip(layers, cases)]
+    for layer, case, a, b in zip(layers, cases, first, outs):
+        settle(layer)
+        result = judge(case, rank, b)
+        assert result.ok and same(a, b), result.text
+        layer.close()
+    return "two layers, 100 turns"
+
+
+def absent_rank(workspace: Workspace, rank: int) -> str:
+    """Rank 1 stays away from one call: rank 0 ends at its deadline naming it; reset() mends both."""
+    case = make_case(9, SMALL, 2, [30, 30], "uniform", "cuda")
+    with Workspace(SMALL, EPConfig(30, arrive_deadline_s=1.0, step_deadline_s=1.0)) as short:
+        with MoELayer(SMALL, short) as layer:
+            load(layer, case, rank)
+            call(layer, case, rank, poisoned(case, rank))
+            settle(layer)
+            dist.barrier()
+            out, begin = torch.zeros(30, SMALL.hidden, dtype=torch.bfloat16, device="cuda"), time.monotonic()
+            if rank == 0:
+                call(layer, case, rank, out)
+                error = caught(layer)
+                seconds = time.monotonic() - begin
+                record = error.record
+                assert (record.rank, record.role, record.step, record.index) == (0, "plan", "dispatch", 1), str(error)
+                assert "no routing table from rank 1" in str(error) and seconds < 3.0, (str(error), seconds)
+            dist.barrier()
+            if rank == 1:  # too late: it learns who gave up, and waits for nobody
+                call(layer, case, rank, out)
+                error = caught(layer)
+                seconds = time.monotonic() - begin
+                assert "was ended by rank 0" in str(error), str(error)
+            assert bool(out.isnan().all()), "a lost call left numbers in its output"
+            try:
+                call(layer, case, rank, out)
+                raise AssertionError("the poisoned workspace took a call")
+            except MegaMoEError as refused:
+                assert "workspace.reset()" in str(refused)
+            short.reset()
+            for _ in range(3):
+                out = call(layer, case, rank, poisoned(case, rank))
+            settle(layer)
+            result = judge(case, rank, out)
+            assert result.ok, result.text
+    with MoELayer(SMALL, workspace) as layer:  # the other workspace never noticed
+        load(layer, case, rank)
+        out = call(layer, case, rank, poisoned(case, rank))
+        settle(layer)
+        assert judge(case, rank, out).ok
+    return str(error)
+
+
+def caught(layer: MoELayer) -> MegaMoEError:
+    torch.cuda.synchronize()
+    try:
+        layer.check()
+    except MegaMoEError as error:
+        return error
+    raise AssertionError("check() did not raise")
+
+
+def different_configurations(workspace: Workspace, rank: int) -> str:
+    """Named on both ranks, before any symmetric memory is taken."""
+    try:
+        Workspace(SMALL, EPConfig(30 + rank))
+    except ValueError as error:
+        assert "num_max_tokens_per_rank differs between ranks: 30 on rank 0, 31 on rank 1" in str(error), str(error)
+        return str(error)
+    raise AssertionError("ranks of different capacity were accepted")
+
+
+JOBS = (random_cases, back_to_back, uneven_pace, graph_replay, layers_take_turns, different_configurations, absent_rank)
+
+
+def report(**fields) -> None:
+    sys.stdout.write(json.dumps(fields) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    info = init_process_group("cpu:gloo,cuda:nccl", timeout_s=120.0)
+    begin = time.monotonic()
+    # One workspace for all: NVSHMEM starts once, and every job meets the flags that the jobs before left
+    configs = sorted(SHAPES, key=str)
+    with Workspace(configs, EPConfig(CAPACITY, arrive_deadline_s=20.0, step_deadline_s=20.0)) as workspace:
+        report(job="workspace", ok=True, text=type(workspace.fused.memory).__name__, seconds=time.monotonic() - begin)
+        for job in JOBS:
+            begin = time.monotonic()
+            try:
+                text, ok = job(workspace, info.ep_rank), True
+            except Exception:
+                text, ok = traceback.format_exc(), False
+            report(job=job.__name__, ok=ok, text=text, seconds=time.monotonic() - begin)
+            if not ok:
+                os._exit(1)  # closing the workspace is collective, and the peer may be anywhere
+            dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
