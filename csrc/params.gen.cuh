@@ -18,15 +18,60 @@ constexpr u32 kTraceRecords = 2048;
 constexpr u32 kNumTraceRoles = 7;
 constexpr u32 kImagePitchBytes = 32896;
 
-enum Role : u32 { kRole_none, kRole_plan, kRole_weights, kRole_tokens, kRole_math, kRole_store, kRole_exchange, kRole_exit };
+enum Role : u32 {
+    kRole_none,
+    kRole_plan,
+    kRole_weights,
+    kRole_tokens,
+    kRole_math,
+    kRole_store,
+    kRole_exchange,
+    kRole_exit,
+};
 
-enum Step : u32 { kStep_none, kStep_dispatch, kStep_plan, kStep_linear1, kStep_swiglu, kStep_linear2, kStep_combine };
+enum Step : u32 {
+    kStep_none,
+    kStep_dispatch,
+    kStep_plan,
+    kStep_linear1,
+    kStep_swiglu,
+    kStep_linear2,
+    kStep_combine,
+};
 
-enum Code : u32 { kCode_ok, kCode_timeout, kCode_expert_out_of_range, kCode_aborted_by_peer };
+enum Code : u32 {
+    kCode_ok,
+    kCode_timeout,
+    kCode_expert_out_of_range,
+    kCode_aborted_by_peer,
+};
 
-enum Trace : u32 { kTrace_plan, kTrace_weights, kTrace_tokens, kTrace_math0, kTrace_math1, kTrace_store, kTrace_exchange };
+enum Trace : u32 {
+    kTrace_plan,
+    kTrace_weights,
+    kTrace_tokens,
+    kTrace_math0,
+    kTrace_math1,
+    kTrace_store,
+    kTrace_exchange,
+};
 
-enum Event : u32 { kEvent_stored, kEvent_combined, kEvent_end };
+enum Event : u32 {
+    kEvent_start,
+    kEvent_heads,
+    kEvent_list,
+    kEvent_pushed,
+    kEvent_tile,
+    kEvent_rows_named,
+    kEvent_rows_here,
+    kEvent_first_stage,
+    kEvent_k_loop,
+    kEvent_staging,
+    kEvent_epilogue,
+    kEvent_stored,
+    kEvent_combined,
+    kEvent_end,
+};
 
 struct RankParams {
     u64 x;

@@ -33,12 +33,12 @@ BLOCK_TOKENS = (8, 16, 32, 64, 128)
 
 ROLES = ("none", "plan", "weights", "tokens", "math", "store", "exchange", "exit")
 STEPS = ("none", "dispatch", "plan", "linear1", "swiglu", "linear2", "combine")
-# Of trace builds (csrc/debug/trace.cuh): who writes a list of records, how long it can be, and what a record can say.
+# Of trace builds (csrc/debug/trace.cuh): who writes a list of records, how long it is, what a record can say.
 TRACE_ROLES = ("plan", "weights", "tokens", "math0", "math1", "store", "exchange")
 TRACE_RECORDS = 2048
 TRACE_EVENTS = (
-# Of trace builds (csrc/debug/trace.cuh): who writes a list of records, how long it is, what a record can say.
-    "stored", "combined", "end",
+    "start", "heads", "list", "pushed", "tile", "rows_named", "rows_here", "first_stage", "k_loop", "staging",
+    "epilogue", "stored", "combined", "end",
 )  # fmt: skip
 CODES = ("ok", "timeout", "expert_out_of_range", "aborted_by_peer")
 
@@ -281,7 +281,7 @@ def _render_struct(struct: type[ctypes.Structure]) -> str:
 
 
 def _render_enum(name: str, words: Sequence[str]) -> str:
-    return f"enum {name} : u32 {{ " + ", ".join(f"k{name}_{w}" for w in words) + " };\n"
+    return f"enum {name} : u32 {{\n" + "".join(f"    k{name}_{w},\n" for w in words) + "};\n"
 
 
 def render_header() -> str:

@@ -1,6 +1,6 @@
 """One small case for compute-sanitizer, without pytest: exit status 1 on a mismatch or a device error.
 
-    compute-sanitizer --tool memcheck python tests/gpu/memcheck_case.py
+    compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 python tests/gpu/memcheck_case.py
 
 Two virtual ranks, both orientations, the routing table counted by one CTA and by the grid, partial blocks, odd hidden,
 a rank without tokens, capture and replay. Deadlines are long, since every access is instrumented.
