@@ -65,6 +65,9 @@ struct SharedState {
     f32 row_scale[C::kWeightsOnM ? C::kBlockTokens : 1];
     alignas(128) u8 y_slice[4][2][512];  // combine: two bulk stores in flight per exchange warp
 
+    // Items of the exchange warps' last windows that nobody has taken: math warps help once their tiles are done.
+    u32 watch_first[4], watch_pending[4], watch_open[4];
+
     u64 weights_full[kMaxStages], tokens_full[kMaxStages], stage_empty[kMaxStages];
     u64 tile_full[kTileSlots], tile_empty[kTileSlots];
     u64 staging_full[C::kStagingGroups], staging_empty[C::kStagingGroups];

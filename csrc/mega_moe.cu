@@ -71,6 +71,7 @@ extern "C" __global__ void MOE_CLUSTER __launch_bounds__(kNumThreads, 1)
         for (u32 i = 0; i < kNumTraceRoles; ++i) s.trace_count[i] = 0;
 #endif
         s.healthy = 1, s.partner_failed = 0;
+        for (u32 i = 0; i < kExchangeWarps; ++i) s.watch_open[i] = 0;
     }
     if constexpr (Kernel::kCluster > 1) ptx::cluster_sync();
     else __syncthreads();
@@ -101,6 +102,7 @@ extern "C" __global__ void MOE_CLUSTER __launch_bounds__(kNumThreads, 1)
         } else {
             ptx::setmaxnreg_inc<kMathRegisters>();
             compute_tiles(l, s);
+            help_combine(l, s);
         }
     }
     __syncwarp();

@@ -226,9 +226,9 @@ class FusedEngine:
         p.weights_are_bf16 = first.topk_weights.dtype == torch.bfloat16
 
         block = choose_block_tokens(self.config, shared.ep_size, num_tokens_bound)
-        # Few rows an expert: all of linear1, then all of linear2. Many: waves of 4 pairs of blocks (one round of the
-        # GPU at intermediate 2048), linear2 three waves behind.
-        p.order_group, p.order_lag = (1, 1 << 20) if block <= 64 else (4, 3)
+        # Few rows an expert: all of linear1, then all of linear2. Many: waves of 8 pairs of blocks (two rounds of the
+        # GPU at intermediate 2048), linear2 two waves behind.
+        p.order_group, p.order_lag = (1, 1 << 20) if block <= 64 else (8, 2)
         warps = shared.ctas_per_rank * EXCHANGE_WARPS
         p.combine_columns = min(
             hidden, math.ceil(max(num_tokens_bound, 1) * hidden / warps / COMBINE_STEP) * COMBINE_STEP

@@ -59,8 +59,9 @@ MOE_DEVICE void accumulate_stage_weights_on_m(Accumulator<C>& out, const Stage& 
                                               u32 lane, u64* empty) {
     constexpr u32 kRegisters = C::kBlockTokens / 2;
     f32 acc[2][kRegisters];
-    const u64 a = ptx::descriptor_k_major_128b(ptx::shared_address(stage.weights) + warpgroup * 2 * kSlabBytes);
-    const u64 b = ptx::descriptor_k_major_128b(ptx::shared_address(stage.tokens));
+    const u32 base = __shfl_sync(~0u, ptx::shared_address(stage.tokens), 0);  // uniform: descriptors cost one move each
+    const u64 a = ptx::descriptor_k_major_128b(base + C::kTokensBytes + warpgroup * 2 * kSlabBytes);
+    const u64 b = ptx::descriptor_k_major_128b(base);
     ptx::wgmma_fence_operands(acc[0]);
     ptx::wgmma_fence_operands(acc[1]);
     ptx::wgmma_fence();
@@ -97,8 +98,9 @@ MOE_DEVICE void accumulate_stage_tokens_on_m(Accumulator<C>& out, const Stage& s
                                              u32 lane, u64* empty) {
     f32 acc[64];
     const u32 row = warp_id() * 16 + lane / 4;
-    const u64 a = ptx::descriptor_k_major_128b(ptx::shared_address(stage.tokens) + warpgroup * kSlabBytes);
-    const u64 b = ptx::descriptor_k_major_128b(ptx::shared_address(stage.weights));
+    const u32 base = __shfl_sync(~0u, ptx::shared_address(stage.tokens), 0);  // uniform: descriptors cost one move each
+    const u64 a = ptx::descriptor_k_major_128b(base + warpgroup * kSlabBytes);
+    const u64 b = ptx::descriptor_k_major_128b(base + C::kTokensBytes);
     const f32 row_low = stage.tokens_sf[row], row_high = stage.tokens_sf[row + 8];
     const f32 sf0 = stage.weights_sf[0], sf1 = stage.weights_sf[1];
 #pragma unroll

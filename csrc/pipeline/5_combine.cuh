@@ -83,37 +83,114 @@ MOE_DEVICE void combine_item(const Launch& l, u8 (&buffers)[2][512], u32 token, 
 
 MOE_DEVICE u32 num_items(const Launch& l) { return l.me.num_tokens * l.p.combine_chunks; }
 
+// A window is 32 items, one a lane: item `first + lane * item_stride`.
+MOE_DEVICE u32 window_item(const Launch& l, u32 first, u32 lane) { return first + lane * item_stride(l); }
+
+// What a lane watches: see drop_arrived. Items past the end have nothing to wait for and are never pending.
+MOE_DEVICE u32 watch(const Launch& l, u32 item) {
+    return item < num_items(l) ? used_slots(l, item / l.p.combine_chunks) * 0x10001 : 0;
+}
+
+MOE_DEVICE u32 ld_volatile(const u32* p) { return *const_cast<const volatile u32*>(p); }
+
+// Sums those of the items `ready` that this warp is the first to take.
+template <class C>
+MOE_DEVICE void combine_ready_items(const Launch& l, SharedStorage<C>& s, u8 (&buffers)[2][512], u32 window, u32 ready,
+                                    u32 slots) {
+#pragma unroll 1
+    for (; ready; ready &= ready - 1) {
+        const u32 owner = __ffs(ready) - 1;
+        u32 mine = 0;
+        if (lane_id() == 0) mine = atomicAnd(&s.watch_pending[window], ~(1u << owner)) >> owner & 1;
+        if (!__shfl_sync(~0u, mine, 0)) continue;
+        const u32 item = window_item(l, s.watch_first[window], owner);
+        combine_item(l, buffers, item / l.p.combine_chunks, item % l.p.combine_chunks * l.p.combine_columns,
+                     __shfl_sync(~0u, slots & 0xFFFF, owner));
+    }
+}
+
+// Idle too long (its partners may wait a step's deadline for rows themselves), or the launch is lost.
+MOE_DEVICE bool is_over(const Launch& l, u32 idle_since, u32 item, u32 slots) {
+    bool lost = is_lost(l);
+    if (now_us() - idle_since > static_cast<u32>(2 * l.p.step_deadline_ns / 1000)) {
+        if (slots >> 16)
+            give_up(l, kCode_timeout, {kRole_exchange, kStep_combine, item / l.p.combine_chunks}, 0, l.epoch);
+        lost = true;
+    }
+    return __any_sync(~0u, lost);
+}
+
+template <class C>
+MOE_DEVICE u32 next_window(const Launch& l, const SharedStorage<C>& s, u32 warp) {
+    return s.watch_first[warp] + 32 * item_stride(l);
+}
+
 // The exchange warps' second half. Rows past num_tokens and tokens with no slot give exact zeros.
 template <class C>
 MOE_DEVICE void combine(const Launch& l, SharedStorage<C>& s) {
-    const u32 lane = lane_id();
+    const u32 lane = lane_id(), warp = warp_id() - kExchangeWarp;
+    if (lane == 0) s.watch_first[warp] = first_item(l);
+    __syncwarp();
 #pragma unroll 1
-    for (u32 first = first_item(l); first < num_items(l); first += 32 * item_stride(l)) {
-        const u32 item = first + lane * item_stride(l), token = item / l.p.combine_chunks;
-        u32 slots = item < num_items(l) ? used_slots(l, token) * 0x10001 : 0;
-        u32 pending = __ballot_sync(~0u, item < num_items(l)), idle_since = now_us();
-#pragma unroll 1
-        for (u32 polls = 1; pending; ++polls) {
-            slots = drop_arrived(l, token, slots);
-            u32 ready = __ballot_sync(~0u, slots >> 16 == 0) & pending;
-            pending &= ~ready;
-            if (ready) idle_since = now_us();
-#pragma unroll 1
-            for (; ready; ready &= ready - 1) {
-                const u32 owner = __ffs(ready) - 1, its_item = first + owner * item_stride(l);
-                combine_item(l, s.y_slice[warp_id() - kExchangeWarp], its_item / l.p.combine_chunks,
-                             its_item % l.p.combine_chunks * l.p.combine_columns,
-                             __shfl_sync(~0u, slots & 0xFFFF, owner));
-            }
-            if (polls % 64 != 0 || !pending) continue;
-            bool lost = is_lost(l);
-            // Its partners may wait a step's deadline for rows themselves.
-            if (now_us() - idle_since > static_cast<u32>(2 * l.p.step_deadline_ns / 1000)) {
-                if (slots >> 16) give_up(l, kCode_timeout, {kRole_exchange, kStep_combine, token}, 0, l.epoch);
-                lost = true;
-            }
-            if (__any_sync(~0u, lost)) pending = 0, first = num_items(l);
+    while (true) {
+        const u32 item = window_item(l, s.watch_first[warp], lane);
+        u32 slots = watch(l, item), idle_since = now_us();
+        const u32 pending = __ballot_sync(~0u, item < num_items(l));
+        if (lane == 0) {
+            s.watch_pending[warp] = pending;
+            __threadfence_block();
+            if (next_window(l, s, warp) >= num_items(l)) *const_cast<volatile u32*>(&s.watch_open[warp]) = 1;
         }
+        __syncwarp();
+#pragma unroll 1
+        for (u32 polls = 1;; ++polls) {
+            slots = drop_arrived(l, item / l.p.combine_chunks, slots);
+            __syncwarp();
+            const u32 left = __shfl_sync(~0u, ld_volatile(&s.watch_pending[warp]), 0);
+            if (left == 0) break;
+            const u32 ready = __ballot_sync(~0u, slots >> 16 == 0) & left;
+            if (ready) idle_since = now_us();
+            combine_ready_items(l, s, s.y_slice[warp], warp, ready, slots);
+            if (polls % 64 == 0 && is_over(l, idle_since, item, slots)) {
+                if (lane == 0) s.watch_pending[warp] = 0, s.watch_open[warp] = 1;
+                break;
+            }
+        }
+        __syncwarp();
+        if (ld_volatile(&s.watch_open[warp])) break;  // watch_first stays: a math warp may be at one of its items
+        if (lane == 0) s.watch_first[warp] = next_window(l, s, warp);
+        __syncwarp();
+    }
+    if (lane == 0) ptx::bulk_wait_all();
+    __syncwarp();
+}
+
+// Math warps, once their tiles are done: at most token counts this is when most tokens become complete, and eight more
+// warps with loads in flight shorten the tail threefold.
+template <class C>
+MOE_DEVICE void help_combine(const Launch& l, SharedStorage<C>& s) {
+    ptx::named_barrier_sync<kBarrierMath, kMathWarps * 32>();  // the stages are free
+    const u32 lane = lane_id(), warp = warp_id();
+    auto& buffers = *reinterpret_cast<u8(*)[2][512]>(s.stages[0].weights + warp * 1024);
+    u32 slots[kExchangeWarps] = {}, seen = 0, idle_since = now_us();
+    for (u32 polls = 1;; ++polls) {
+        bool done = true;
+#pragma unroll
+        for (u32 w = 0; w < kExchangeWarps; ++w) {
+            const bool open = __shfl_sync(~0u, ld_volatile(&s.watch_open[w]), 0);
+            const u32 pending = __shfl_sync(~0u, ld_volatile(&s.watch_pending[w]), 0);
+            done &= open && pending == 0;
+            if (!open || pending == 0) continue;
+            const u32 item = window_item(l, s.watch_first[w], lane);
+            if (!(seen >> w & 1)) slots[w] = watch(l, item), seen |= 1u << w;
+            slots[w] = drop_arrived(l, item / l.p.combine_chunks, slots[w]);
+            __syncwarp();
+            const u32 ready = __ballot_sync(~0u, slots[w] >> 16 == 0) & pending;
+            if (ready) idle_since = now_us();
+            combine_ready_items(l, s, buffers, w, ready, slots[w]);
+        }
+        if (done) break;
+        if (polls % 64 == 0 && is_over(l, idle_since, 0, 0)) break;
     }
     if (lane == 0) ptx::bulk_wait_all();
     __syncwarp();
