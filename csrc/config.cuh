@@ -109,7 +109,7 @@ constexpr u32 kSharedBytes = kFixedBytes<C> + kStages<C> * C::kStageBytes;
 
 template <class C>
 MOE_HOST_DEVICE constexpr bool shared_storage_fits() {
-    // Fewer stages in the largest tile cost a third of its speed: a larger state must not take one unnoticed.
+    // Fewer stages in the largest tile cost a tenth of its speed: a larger state must not take one unnoticed.
     static_assert(kStages<C> >= 4);
     static_assert(sizeof(typename SharedStorage<C>::Stage) == C::kStageBytes, "image and scale factors are contiguous");
     static_assert(kSharedBytes<C> <= C::kSharedLimit);

@@ -9,6 +9,8 @@ VERBS = {
     "doctor": ("megamoe.doctor", "main", "what this machine has, what is missing, and the remedy [--json]"),
     "compile": ("megamoe.verbs", "compile_main", "compile every kernel configuration; needs no GPU [--json]"),
     "layout": ("megamoe.verbs", "layout_main", "what lies where in a rank's memory, for given sizes [--json]"),
+    "trace": ("megamoe.trace", "main", "one call's times per CTA and role, for Perfetto; needs a GPU [--json]"),
+    "plan": ("megamoe.plan.cli", "main", "where experts go, for a recorded or generated load [--json]"),
 }
 
 USAGE = """python -m megamoe VERB [arguments]

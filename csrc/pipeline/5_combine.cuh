@@ -91,8 +91,6 @@ MOE_DEVICE u32 watch(const Launch& l, u32 item) {
     return item < num_items(l) ? used_slots(l, item / l.p.combine_chunks) * 0x10001 : 0;
 }
 
-MOE_DEVICE u32 ld_volatile(const u32* p) { return *const_cast<const volatile u32*>(p); }
-
 // Sums those of the items `ready` that this warp is the first to take.
 template <class C>
 MOE_DEVICE void combine_ready_items(const Launch& l, SharedStorage<C>& s, u8 (&buffers)[2][512], u32 window, u32 ready,
@@ -120,6 +118,8 @@ MOE_DEVICE bool is_over(const Launch& l, u32 idle_since, u32 item, u32 slots) {
     return __any_sync(~0u, lost);
 }
 
+MOE_DEVICE u32 my_window() { return warp_id() - kExchangeWarp; }
+
 template <class C>
 MOE_DEVICE u32 next_window(const Launch& l, const SharedStorage<C>& s, u32 warp) {
     return s.watch_first[warp] + 32 * item_stride(l);
@@ -128,37 +128,38 @@ MOE_DEVICE u32 next_window(const Launch& l, const SharedStorage<C>& s, u32 warp)
 // The exchange warps' second half. Rows past num_tokens and tokens with no slot give exact zeros.
 template <class C>
 MOE_DEVICE void combine(const Launch& l, SharedStorage<C>& s) {
-    const u32 lane = lane_id(), warp = warp_id() - kExchangeWarp;
-    if (lane == 0) s.watch_first[warp] = first_item(l);
+    const u32 lane = lane_id();
+    if (lane == 0) s.watch_first[my_window()] = first_item(l);
     __syncwarp();
 #pragma unroll 1
     while (true) {
-        const u32 item = window_item(l, s.watch_first[warp], lane);
+        const u32 item = window_item(l, s.watch_first[my_window()], lane);
         u32 slots = watch(l, item), idle_since = now_us();
         const u32 pending = __ballot_sync(~0u, item < num_items(l));
         if (lane == 0) {
-            s.watch_pending[warp] = pending;
-            __threadfence_block();
-            if (next_window(l, s, warp) >= num_items(l)) *const_cast<volatile u32*>(&s.watch_open[warp]) = 1;
+            s.watch_pending[my_window()] = pending;
+            if (next_window(l, s, my_window()) >= num_items(l))
+                ptx::st_release_cta_shared(&s.watch_open[my_window()], 1);
         }
         __syncwarp();
 #pragma unroll 1
         for (u32 polls = 1;; ++polls) {
             slots = drop_arrived(l, item / l.p.combine_chunks, slots);
             __syncwarp();
-            const u32 left = __shfl_sync(~0u, ld_volatile(&s.watch_pending[warp]), 0);
+            const u32 left = __shfl_sync(~0u, ptx::ld_relaxed_cta_shared(&s.watch_pending[my_window()]), 0);
             if (left == 0) break;
             const u32 ready = __ballot_sync(~0u, slots >> 16 == 0) & left;
             if (ready) idle_since = now_us();
-            combine_ready_items(l, s, s.y_slice[warp], warp, ready, slots);
+            combine_ready_items(l, s, s.y_slice[my_window()], my_window(), ready, slots);
             if (polls % 64 == 0 && is_over(l, idle_since, item, slots)) {
-                if (lane == 0) s.watch_pending[warp] = 0, s.watch_open[warp] = 1;
+                if (lane == 0) s.watch_pending[my_window()] = 0, s.watch_open[my_window()] = 1;
                 break;
             }
         }
         __syncwarp();
-        if (ld_volatile(&s.watch_open[warp])) break;  // watch_first stays: a math warp may be at one of its items
-        if (lane == 0) s.watch_first[warp] = next_window(l, s, warp);
+        if (ptx::ld_relaxed_cta_shared(&s.watch_open[my_window()]))
+            break;  // watch_first stays: a math warp may be at one of its items
+        if (lane == 0) s.watch_first[my_window()] = next_window(l, s, my_window());
         __syncwarp();
     }
     if (lane == 0) ptx::bulk_wait_all();
@@ -177,8 +178,8 @@ MOE_DEVICE void help_combine(const Launch& l, SharedStorage<C>& s) {
         bool done = true;
 #pragma unroll
         for (u32 w = 0; w < kExchangeWarps; ++w) {
-            const bool open = __shfl_sync(~0u, ld_volatile(&s.watch_open[w]), 0);
-            const u32 pending = __shfl_sync(~0u, ld_volatile(&s.watch_pending[w]), 0);
+            const bool open = __shfl_sync(~0u, ptx::ld_acquire_cta_shared(&s.watch_open[w]), 0);
+            const u32 pending = __shfl_sync(~0u, ptx::ld_relaxed_cta_shared(&s.watch_pending[w]), 0);
             done &= open && pending == 0;
             if (!open || pending == 0) continue;
             const u32 item = window_item(l, s.watch_first[w], lane);

@@ -79,6 +79,28 @@ MOE_DEVICE void st_v4(void* p, uint4 v) {
                  : "memory");
 }
 
+// Words that the warps of a CTA share.
+MOE_DEVICE u32 ld_acquire_cta_shared(const u32* p) {
+    u32 v;
+    asm volatile("ld.acquire.cta.shared.u32 %0, [%1];"
+                 : "=r"(v)
+                 : "r"(static_cast<u32>(__cvta_generic_to_shared(p)))
+                 : "memory");
+    return v;
+}
+MOE_DEVICE u32 ld_relaxed_cta_shared(const u32* p) {
+    u32 v;
+    asm volatile("ld.relaxed.cta.shared.u32 %0, [%1];"
+                 : "=r"(v)
+                 : "r"(static_cast<u32>(__cvta_generic_to_shared(p)))
+                 : "memory");
+    return v;
+}
+MOE_DEVICE void st_release_cta_shared(u32* p, u32 v) {
+    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(p))), "r"(v)
+                 : "memory");
+}
+
 MOE_DEVICE u64 globaltimer_ns() {
     u64 t;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t)::"memory");

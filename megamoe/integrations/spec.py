@@ -9,13 +9,46 @@ from megamoe.exchange import DistExchange, LocalExchange
 from megamoe.quant.fp8 import quantize_blocks
 
 
+class HostExchange:
+    """DistExchange over gloo for tensors on any device: rows go by way of host memory.
+
+    DistExchange polls point-to-point operations, which NCCL neither times out nor completes out of order. Collective to
+    create, like the gloo group it makes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        members = dist.get_process_group_ranks(group or dist.group.WORLD)
+        self._inner = DistExchange(dist.new_group(members, backend="gloo"))
+        self.ep_size, self.ranks = self._inner.ep_size, self._inner.ranks
+
+    def all_to_all(self, sends, step: str):
+        device = sends[0][0][0].device
+        on_host = [[tuple(t.cpu() for t in bundle) for bundle in to_ranks] for to_ranks in sends]
+        received = self._inner.all_to_all(on_host, step)
+        return [[tuple(t.to(device) for t in bundle) for bundle in from_ranks] for from_ranks in received]
+
+
+_exchanges: dict[int, HostExchange] = {}
+
+
+def exchange_of(group: dist.ProcessGroup | None):
+    """One exchange a process group, shared by all layers: each makes a group of its own connections."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return LocalExchange(1)
+    group = group or dist.group.WORLD
+    if dist.get_backend(group) == "gloo":
+        return DistExchange(group)
+    if id(group) not in _exchanges:
+        _exchanges[id(group)] = HostExchange(group)
+    return _exchanges[id(group)]
+
+
 class SpecExperts:
     """load_weights, forward, check and close as MoELayer has them; one rank a process, no workspace, no checks."""
 
     def __init__(self, config: MoEConfig, group: dist.ProcessGroup | None = None):
         self.config = config
-        distributed = dist.is_available() and dist.is_initialized()
-        self._exchange = DistExchange(group) if distributed else LocalExchange(1)
+        self._exchange = exchange_of(group)
         self._weights = None
 
     def load_weights(self, linear1: Tensor, linear2: Tensor, linear1_sf=None, linear2_sf=None) -> None:

@@ -1,5 +1,6 @@
 """What README.md, ARCHITECTURE.md and --help show is run here, so that it stays true."""
 
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 import megamoe.__main__ as cli
-from megamoe.config import MoEConfig
+from megamoe import layout
+from megamoe.config import EPConfig, MoEConfig
+from megamoe.engine_fused import COMBINE_STEP, EXCHANGE_WARPS, choose_block_tokens
 from megamoe.exchange import LocalExchange
 from megamoe.steps import ExpertWeights, RankInput, moe_layer
 
@@ -68,3 +71,39 @@ def test_architecture_follows_a_real_token():
     assert trace[0]["h"].shape[1] == 128 and trace[0]["h_sf"].shape[1] == 1
     slots = [trace[rank]["linear2"][i].float() for rank, i in zip((0, 1), here)]
     assert torch.equal(outputs[1][2], (slots[0] + slots[1]).bfloat16())
+
+
+def test_architecture_follows_a_real_token_through_the_kernel():
+    """Each number of "One token in numbers", from the sizes and the routing rule given there."""
+    text = " ".join((ROOT / "ARCHITECTURE.md").read_text().split("### One token in numbers")[1].split("###")[0].split())
+    config, ranks, tokens, ctas = MoEConfig(4096, 2048, 64, 6), 2, 64, 132
+    place = {r.name: r.shape for r in layout.place(layout.dims_of([config], EPConfig(tokens), ranks, ctas))[0]}
+    block, local = choose_block_tokens(config, ranks, tokens), config.num_local_experts(ranks)
+    lists = [[], []]
+    for src, token, slot in itertools.product(range(ranks), range(tokens), range(config.topk)):
+        expert = (5 * token + 37 * slot + 42 * src) % 64
+        lists[expert // local].append((expert, src, token, slot))
+    lists = [sorted(rows) for rows in lists]
+    assert all(sum(row[0] == e for row in lists[e // local]) == 12 for e in range(64))
+    experts = [(25 + 37 * slot + 42) % 64 for slot in range(config.topk)]
+    rows = lists[0].index((3, 1, 5, 0)), lists[1].index((40, 1, 5, 1))
+    first = [next(i for i, row in enumerate(lists[r]) if row[0] == e) for r, e in ((0, 3), (1, 40))]
+    n1, n2 = config.intermediate // 128, config.hidden // 256
+    k1, k2 = config.hidden // 128, config.intermediate // 128
+    block_of_3, head = 3, local * n1  # every expert has one token block; linear1 of all comes first
+    columns = -(-tokens * config.hidden // (ctas * EXCHANGE_WARPS) // COMBINE_STEP) * COMBINE_STEP
+    assert place["recv_x"] == (2, 64, 4096) and place["combine_y"] == (64, 6, 4096)
+    for said in (
+        f"the engine takes tiles of {block}", f"experts {', '.join(map(str, experts))}",
+        f"all {tokens * config.topk} ids", "ranks {0, 1}", f"{config.hidden} e4m3 bytes and {k1} scale",
+        f"byte {tokens * config.hidden + 5 * config.hidden} of", f"slot 0 is row {rows[0]}",
+        f"holds rows {first[0]} to {first[0] + 11}", f"local {40 - local}) is row {rows[1]}",
+        f"of rows {first[1]} to {first[1] + 11}",
+        f"{n1} tiles, tickets {block_of_3 * n1} to {block_of_3 * n1 + n1 - 1}",
+        f"= {k1} stages", f"32 x (128 + 4) = {block * (layout.K_BLOCK + 4)} bytes",
+        f"Tickets {head + block_of_3 * n2} to {head + block_of_3 * n2 + n2 - 1}: 4096 / 256 = {n2} tiles",
+        f"= {k2} stages. Each sends 512", f"{config.hidden * 2} = {5 * 6 * config.hidden * 2};",
+        f"{ctas * EXCHANGE_WARPS} exchange warps a token is {config.hidden // columns} items of {columns} columns",
+    ):  # fmt: skip
+        assert said in text, said
+    assert rows[0] - first[0] == 8 == rows[1] - first[1]  # "its ninth"
