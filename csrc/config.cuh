@@ -81,7 +81,7 @@ struct SharedState {
 #ifdef TRACE
     u32 trace_count[kNumTraceRoles];
 #endif
-    u32 num_m_blocks, healthy, partner_failed, is_last_cta, aborted;
+    u32 plan_done, num_m_blocks, healthy, partner_failed, is_last_cta, aborted;
     u32 small_list[C::kSmallTable ? C::kSmallTable : 1];
 };
 
@@ -114,6 +114,12 @@ MOE_HOST_DEVICE constexpr bool shared_storage_fits() {
     static_assert(sizeof(typename SharedStorage<C>::Stage) == C::kStageBytes, "image and scale factors are contiguous");
     static_assert(kSharedBytes<C> <= C::kSharedLimit);
     return true;
+}
+
+// The row list of this launch lies in shared memory (each CTA made it alone) instead of row_list.
+template <class C>
+MOE_DEVICE bool is_small_table(const SharedStorage<C>& s, u32 ep_size) {
+    return s.table_offset[ep_size] <= C::kSmallTable;
 }
 
 }  // namespace moe

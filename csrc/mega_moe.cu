@@ -70,7 +70,7 @@ extern "C" __global__ void MOE_CLUSTER __launch_bounds__(kNumThreads, 1)
 #ifdef TRACE
         for (u32 i = 0; i < kNumTraceRoles; ++i) s.trace_count[i] = 0;
 #endif
-        s.healthy = 1, s.partner_failed = 0;
+        s.healthy = 1, s.partner_failed = 0, s.plan_done = 0;
         for (u32 i = 0; i < kExchangeWarps; ++i) s.watch_open[i] = 0;
     }
     if constexpr (Kernel::kCluster > 1) ptx::cluster_sync();
@@ -89,6 +89,7 @@ extern "C" __global__ void MOE_CLUSTER __launch_bounds__(kNumThreads, 1)
         if (!build_row_list(l, s, thread)) s.healthy = 0;
         if (warp == 0) trace(l, s, kTrace_plan, kEvent_list, 0);
         agree_in_cluster(l, s, thread);
+        if (thread == 0) ptx::st_release_cta_shared(&s.plan_done, 1);  // the exchange warps' deadline runs from here
         ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
         if (warp >= kWeightsWarp) {
             ptx::setmaxnreg_dec<kLoadRegisters>();

@@ -58,7 +58,6 @@ enum Trace : u32 {
 
 enum Event : u32 {
     kEvent_start,
-    kEvent_heads,
     kEvent_list,
     kEvent_pushed,
     kEvent_tile,

@@ -170,6 +170,7 @@ def _check_blocks(configs, ep_size: int, capacity: int) -> None:
 def _story(r: ErrorRecord) -> str:
     waited_for = {
         ("plan", "dispatch"): f"no routing table from rank {r.index}: it did not launch this call, or is gone",
+        ("plan", "plan"): f"the CTAs of this rank did not meet while counting rows (meeting {r.index})",
         ("tokens", "dispatch"): f"token rows from rank {r.index} did not arrive",
         ("tokens", "swiglu"): f"the SwiGLU output of token block {r.index} was not written",
         ("exchange", "combine"): f"the expert rows of token {r.index} did not come back",

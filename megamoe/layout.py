@@ -7,7 +7,7 @@ it fresh.
 
 Offsets are the same for every layer that shares a workspace: each region is sized by its largest layer, and inside a
 region each source rank's part starts at a fixed pitch. A rank that is one call ahead may therefore never write into
-bytes that a slower rank still reads (ARCHITECTURE.md, "Why there is no exit barrier").
+bytes that a slower rank still reads (ARCHITECTURE.md, "No exit barrier").
 """
 
 import ctypes
@@ -37,7 +37,7 @@ STEPS = ("none", "dispatch", "plan", "linear1", "swiglu", "linear2", "combine")
 TRACE_ROLES = ("plan", "weights", "tokens", "math0", "math1", "store", "exchange")
 TRACE_RECORDS = 2048
 TRACE_EVENTS = (
-    "start", "heads", "list", "pushed", "tile", "rows_named", "rows_here", "first_stage", "k_loop", "staging",
+    "start", "list", "pushed", "tile", "rows_named", "rows_here", "first_stage", "k_loop", "staging",
     "epilogue", "stored", "combined", "end",
 )  # fmt: skip
 CODES = ("ok", "timeout", "expert_out_of_range", "aborted_by_peer")
@@ -263,7 +263,6 @@ def regions(moe_configs: Sequence, ep_config, ep_size: int) -> list[Placed]:
 
 
 CPP_TYPES = {ctypes.c_uint64: "u64", ctypes.c_uint32: "u32", ctypes.c_float: "f32"}
-CPP_ELEMENTS = {"u8": "u8", "e4m3": "u8", "bf16": "u16", "u32": "u32", "i32": "i32", "f32": "f32"}
 
 
 def _render_struct(struct: type[ctypes.Structure]) -> str:

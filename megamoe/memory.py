@@ -62,6 +62,7 @@ def plan_memory(
         return MemoryPlan((), 0, 0, str(device))
     from megamoe import layout  # the kernel's own table, so that plan and allocation cannot differ
 
-    num_ctas = min(ep_config.num_sms or NUM_SMS, NUM_SMS) // (ep_config.virtual_ranks or 1)
+    num_sms = min(ep_config.num_sms or NUM_SMS, NUM_SMS)
+    num_ctas = layout.ctas_per_rank(num_sms, ep_config.virtual_ranks or 1)
     rows, symmetric_bytes, local_bytes = layout.place(layout.dims_of(configs, ep_config, ep_size, num_ctas))
     return MemoryPlan(tuple(rows), symmetric_bytes, local_bytes, str(device))

@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 
 from megamoe.config import EPConfig, MoEConfig
-
-MAX_LOCAL_EXPERTS = 256
+from megamoe.layout import MAX_EP_SIZE, MAX_LOCAL_EXPERTS, MAX_TOKENS, MAX_VIRTUAL_RANKS
 
 
 class Report(NamedTuple):
@@ -43,16 +42,28 @@ def support(
                 f"{MAX_LOCAL_EXPERTS}; use at least {-(-config.num_experts // MAX_LOCAL_EXPERTS)} ranks"
             )
     if device is not None:
-        reasons += _device_reasons(config, ep_config, torch.device(device))
+        reasons += _device_reasons(config, ep_config, ep_size, torch.device(device))
     return Report(not reasons, tuple(reasons))
 
 
-def _device_reasons(config: MoEConfig, ep_config: EPConfig | None, device: torch.device) -> list[str]:
+def _kernel_limits(ep_config: EPConfig | None, ep_size: int) -> list[str]:
+    # Bits of a row's name, of a destination mask, and the length of the parameter struct: megamoe/layout.py
+    found = [("ep_size", ep_size, MAX_EP_SIZE)]
+    if ep_config is not None:
+        found.append(("virtual_ranks", ep_config.virtual_ranks or 1, MAX_VIRTUAL_RANKS))
+        found.append(("num_max_tokens_per_rank", ep_config.num_max_tokens_per_rank, MAX_TOKENS))
+    return [f"{name}={value} is above the kernel's limit; use at most {limit}" for name, value, limit in found
+            if value > limit]  # fmt: skip
+
+
+def _device_reasons(
+    config: MoEConfig, ep_config: EPConfig | None, ep_size: int, device: torch.device
+) -> list[str]:
     if device.type == "cpu":
         return []
     if device.type != "cuda":
         return [f"device={device} has no implementation; use 'cuda' (sm_90) or 'cpu'"]
-    reasons = []
+    reasons = _kernel_limits(ep_config, ep_size)
     if config.weight_format != "fp8":
         reasons.append(
             f"weight_format={config.weight_format!r} runs on CPU only; use device='cpu' or weight_format='fp8'"

@@ -171,8 +171,7 @@ struct TokenLoader {
 // Two warps.
 template <class C>
 MOE_DEVICE void load_tokens(const Launch& l, SharedStorage<C>& s) {
-    const bool small = s.table_offset[l.p.ep_size] <= C::kSmallTable;
-    TokenLoader<C> loader{l, s, small ? s.small_list : l.row_list(), {}};
+    TokenLoader<C> loader{l, s, is_small_table(s, l.p.ep_size) ? s.small_list : l.row_list(), {}};
     loader.prepare(0);
     for (u32 next = 0;;) {  // the number is read back from the slot: a register less across the K loop
         wait_mbarrier(&s.tile_full[next % kTileSlots], next / kTileSlots & 1);

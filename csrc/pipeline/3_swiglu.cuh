@@ -48,6 +48,8 @@ MOE_DEVICE void quantize_weights_on_m(const Launch& l, SharedStorage<C>& s, Accu
 #pragma unroll
         for (u32 w = 0; w < kMathWarps; ++w) amax = fmaxf(amax, s.row_amax[w][thread]);
         sf[thread] = ptx::e4m3_sf(amax);
+        // The reciprocal suffices here: h is fp32, so quotients rarely lie on a tie of e4m3 (in dispatch they often
+        // do).
         s.row_scale[thread] = ptx::reciprocal(ptx::e4m3_sf(amax));
     }
     ptx::named_barrier_sync<kBarrierMath, kMathWarps * 32>();

@@ -107,12 +107,15 @@ MOE_DEVICE void combine_ready_items(const Launch& l, SharedStorage<C>& s, u8 (&b
     }
 }
 
-// Idle too long (its partners may wait a step's deadline for rows themselves), or the launch is lost.
-MOE_DEVICE bool is_over(const Launch& l, u32 idle_since, u32 item, u32 slots) {
+// The launch is lost, or nothing that this warp watches has become complete for two step deadlines (its partners may
+// wait one for rows themselves). Not counted before the plan is done: until then the plan warps may wait for a late
+// rank, and name it.
+template <class C>
+MOE_DEVICE bool is_over(const Launch& l, SharedStorage<C>& s, u32& idle_since, u32 item, u32 slots) {
     bool lost = is_lost(l);
-    if (now_us() - idle_since > static_cast<u32>(2 * l.p.step_deadline_ns / 1000)) {
-        if (slots >> 16)
-            give_up(l, kCode_timeout, {kRole_exchange, kStep_combine, item / l.p.combine_chunks}, 0, l.epoch);
+    if (!ptx::ld_relaxed_cta_shared(&s.plan_done)) idle_since = now_us();
+    if (slots >> 16 && now_us() - idle_since > 2 * l.p.step_deadline_ns / 1000) {
+        give_up(l, kCode_timeout, {kRole_exchange, kStep_combine, item / l.p.combine_chunks}, 0, l.epoch);
         lost = true;
     }
     return __any_sync(~0u, lost);
@@ -151,8 +154,11 @@ MOE_DEVICE void combine(const Launch& l, SharedStorage<C>& s) {
             const u32 ready = __ballot_sync(~0u, slots >> 16 == 0) & left;
             if (ready) idle_since = now_us();
             combine_ready_items(l, s, s.y_slice[my_window()], my_window(), ready, slots);
-            if (polls % 64 == 0 && is_over(l, idle_since, item, slots)) {
-                if (lane == 0) s.watch_pending[my_window()] = 0, s.watch_open[my_window()] = 1;
+            if (polls % 64 == 0 && is_over(l, s, idle_since, item, slots)) {
+                if (lane == 0) {
+                    s.watch_pending[my_window()] = 0;
+                    ptx::st_release_cta_shared(&s.watch_open[my_window()], 1);
+                }
                 break;
             }
         }
@@ -166,14 +172,14 @@ MOE_DEVICE void combine(const Launch& l, SharedStorage<C>& s) {
     __syncwarp();
 }
 
-// Math warps, once their tiles are done: at most token counts this is when most tokens become complete, and eight more
-// warps with loads in flight shorten the tail threefold.
+// Math warps, once their tiles are done: tokens still open then are the tail of the call, and eight more warps with
+// loads in flight shorten it threefold.
 template <class C>
 MOE_DEVICE void help_combine(const Launch& l, SharedStorage<C>& s) {
     ptx::named_barrier_sync<kBarrierMath, kMathWarps * 32>();  // the stages are free
     const u32 lane = lane_id(), warp = warp_id();
     auto& buffers = *reinterpret_cast<u8(*)[2][512]>(s.stages[0].weights + warp * 1024);
-    u32 slots[kExchangeWarps] = {}, seen = 0, idle_since = now_us();
+    u32 slots[kExchangeWarps] = {}, seen = 0;
     for (u32 polls = 1;; ++polls) {
         bool done = true;
 #pragma unroll
@@ -187,11 +193,10 @@ MOE_DEVICE void help_combine(const Launch& l, SharedStorage<C>& s) {
             slots[w] = drop_arrived(l, item / l.p.combine_chunks, slots[w]);
             __syncwarp();
             const u32 ready = __ballot_sync(~0u, slots[w] >> 16 == 0) & pending;
-            if (ready) idle_since = now_us();
             combine_ready_items(l, s, buffers, w, ready, slots[w]);
         }
         if (done) break;
-        if (polls % 64 == 0 && is_over(l, idle_since, 0, 0)) break;
+        if (polls % 64 == 0 && __any_sync(~0u, is_lost(l))) break;  // the exchange warps hold the deadline
     }
     if (lane == 0) ptx::bulk_wait_all();
     __syncwarp();

@@ -81,7 +81,7 @@ MOE_DEVICE void store_rows(const Launch& l, SharedStorage<C>& s, const TileSlot&
     for (u32 r = lane; r < t.row_count; r += 32) {
         const u32 row = rows[r];
         ptx::st_relaxed_sys(l.combine_ready(row_src_rank(row), row_token(row), row_slot(row)),
-                            l.epoch);  // partner: wait_slots
+                            l.epoch);  // partner: drop_arrived
     }
 }
 

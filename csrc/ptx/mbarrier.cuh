@@ -1,4 +1,5 @@
-// mbarriers in this CTA's shared memory. Arrive releases and wait acquires at CTA scope (the PTX default).
+// Barriers: mbarriers of this CTA and of its cluster (arrive releases and wait acquires at CTA scope, the PTX default),
+// cluster and named barriers, proxy fences, and setmaxnreg, which is collective like them.
 #pragma once
 #include "prelude.cuh"
 

@@ -62,10 +62,12 @@ MOE_HOST_DEVICE u32 find_expert(const T* offsets, u32 count, u32 x) {
 
 // A row's name, 32 bits: source rank (8), token (20), slot (4).
 constexpr u32 kMaxTokenBits = 20, kMaxSlotBits = 4;
-MOE_HOST_DEVICE u32 pack_row(u32 src_rank, u32 token, u32 slot) { return src_rank << 24 | token << 4 | slot; }
-MOE_HOST_DEVICE u32 row_src_rank(u32 row) { return row >> 24; }
-MOE_HOST_DEVICE u32 row_token(u32 row) { return row >> 4 & 0xFFFFF; }
-MOE_HOST_DEVICE u32 row_slot(u32 row) { return row & 15; }
+MOE_HOST_DEVICE u32 pack_row(u32 src_rank, u32 token, u32 slot) {
+    return (src_rank << kMaxTokenBits | token) << kMaxSlotBits | slot;
+}
+MOE_HOST_DEVICE u32 row_src_rank(u32 row) { return row >> (kMaxTokenBits + kMaxSlotBits); }
+MOE_HOST_DEVICE u32 row_token(u32 row) { return row >> kMaxSlotBits & ((1u << kMaxTokenBits) - 1); }
+MOE_HOST_DEVICE u32 row_slot(u32 row) { return row & ((1u << kMaxSlotBits) - 1); }
 
 // Byte of (row, byte column) in a tile of 128-byte rows with 128B swizzle: 16-byte chunks XORed by row % 8.
 MOE_HOST_DEVICE u32 swizzle_128b(u32 row, u32 byte) { return row * 128 + (byte ^ ((row & 7) << 4)); }

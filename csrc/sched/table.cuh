@@ -36,7 +36,9 @@ MOE_DEVICE bool wait_heads(const Launch& l, SharedStorage<C>& s, u32 thread) {
         }
     }
     ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
-    return s.healthy != 0;
+    const bool ok = s.healthy != 0;
+    ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();  // all have read it before read_entry may clear it
+    return ok;
 }
 
 // One slot of the joined table: its local expert (kMaxLocalExperts = not here) and its row name.
@@ -130,11 +132,6 @@ MOE_DEVICE u32 sum_counts(const Launch& l, PlanScratch& scratch, u32 thread) {
     }
     ptx::named_barrier_sync<kBarrierPlan, kThreads>();
     return thread < kMaxLocalExperts ? scratch.before[thread] : 0;
-}
-
-template <class C>
-MOE_DEVICE bool is_small_table(const SharedStorage<C>& s, u32 ep_size) {
-    return s.table_offset[ep_size] <= C::kSmallTable;
 }
 
 // Called by all plan threads. False: the launch is lost.

@@ -9,7 +9,6 @@ template <u32 kSlots>
 struct RingPosition {
     u32 slot_and_phase = 0;
     MOE_DEVICE u32 slot() const { return slot_and_phase >> 1; }
-    MOE_DEVICE u32 previous_slot() const { return slot() == 0 ? kSlots - 1 : slot() - 1; }
     MOE_DEVICE void advance() {
         slot_and_phase += 2;
         if (slot_and_phase >= 2 * kSlots) slot_and_phase = (slot_and_phase & 1) ^ 1;

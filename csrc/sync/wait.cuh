@@ -1,4 +1,5 @@
-// Every wait of the kernel: a deadline, a story, and an end for all CTAs and ranks when one of them gives up.
+// Waits on memory, each with a deadline, a story, and an end for all CTAs and ranks when one of them gives up (combine
+// watches many words at once: is_over in pipeline/5_combine.cuh); and waits inside a CTA, which need none.
 // A wait on memory returns false when the launch is lost; the CTA then runs to its end without further effect, and the
 // last CTA of the rank fills y with NaN.
 #pragma once

@@ -123,3 +123,17 @@ def test_a_public_function_is_never_its_module_of_the_same_name(before):
 def test_importing_loads_neither_torch_nor_cuda():
     code = "import sys, megamoe; sys.exit(sum(name in sys.modules for name in ('torch', 'cuda', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "ep_config, ep_size, named",
+    [
+        (EPConfig(64, virtual_ranks=16), None, "virtual_ranks=16"),
+        (EPConfig(64), 64, "ep_size=64"),
+        (EPConfig((1 << 20) + 1), 1, "num_max_tokens_per_rank=1048577"),
+    ],
+)
+def test_support_names_the_kernels_limits(ep_config, ep_size, named):
+    report = support(MoEConfig(256, 128, 64, 2), ep_config, "cuda", ep_size=ep_size)
+    assert any(named in reason and "at most" in reason for reason in report.reasons), report.reasons
+    assert not any(named in reason for reason in support(MoEConfig(256, 128, 64, 2), EPConfig(64), "cuda").reasons)

@@ -86,6 +86,21 @@ def test_a_rank_that_does_not_arrive_is_named(opened):
     assert_spoiled_then_mended(layer, case, outs)
 
 
+def test_a_late_rank_has_the_whole_arrive_deadline():
+    """Waits for rows and sums must not begin to count before every rank has come."""
+    case = make_case(22, CONFIG, EP_SIZE, 8, "uniform", "cuda")
+    ep_config = EPConfig(8, EP_SIZE, arrive_deadline_s=4.0, step_deadline_s=0.5)
+    with Workspace(CONFIG, ep_config, device="cuda") as workspace, MoELayer(CONFIG, workspace) as layer:
+        oracle.load(layer, case)
+        region(layer, "control", STUCK)[0] += 2
+        torch.cuda.synchronize()
+        begin = time.monotonic()
+        error, outs = fail(layer, case, limit_s=4.0 + 2)
+        assert time.monotonic() - begin > 3.5
+        assert (error.record.role, error.record.step) == ("plan", "dispatch")
+        assert_spoiled_then_mended(layer, case, outs)
+
+
 def test_a_rank_out_of_step_ends_too(opened):
     """The same without help: rank 2 waits for the others as they wait for it, and every rank ends."""
     layer, case = opened
