@@ -119,7 +119,6 @@ def make_setup(args) -> Setup:
         raise ValueError(
             f"--virtual-ranks {args.virtual_ranks} is for one process and {info.ep_size} were launched; "
             "drop one of the two"
-            "drop one of the two"
         )
     if args.virtual_ranks is not None and args.virtual_ranks < 1:
         raise ValueError(f"--virtual-ranks {args.virtual_ranks} must be at least 1")

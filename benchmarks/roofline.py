@@ -1,11 +1,12 @@
-"""The least time a MoE layer call can take on the machine, from the routing that was actually drawn.
+"""The time of a MoE layer call at practical rates, from the routing that was actually drawn.
 
 Per GPU, three resources work at once and the slowest sets the floor:
   HBM      every active expert's weights once, plus activations that do not stay in L2
   tensor   6 * hidden * intermediate operations a (token, expert) pair: linear1 has 2 * intermediate outputs, linear2
            hidden, 2 per MAC
   NVLink   a token's FP8 row leaves once for each other rank that holds one of its experts and one bf16 row returns
-No latency, launch or synchronisation is counted, so a fraction of 1.0 is out of reach at few tokens.
+No latency, launch or synchronisation is counted. The rates are what is reached in practice, not peaks: a cell can beat
+the floor slightly.
 """
 
 from dataclasses import dataclass

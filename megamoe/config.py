@@ -13,7 +13,7 @@ WEIGHT_FORMATS = ("fp8", "bf16")
 
 def _check_int(name: str, value, low: int, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass an int")
+        raise TypeError(f"{name}={value!r} has type {type(value).__name__}; pass an int")
     if value < low or (high is not None and value > high):
         wanted = f"at least {low}" if high is None else f"between {low} and {high}"
         nearest = low if value < low else high
@@ -30,7 +30,7 @@ def _check_multiple(name: str, value, multiple: int) -> None:
 
 def _check_positive(name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass a number")
+        raise TypeError(f"{name}={value!r} has type {type(value).__name__}; pass a number")
     if not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name}={value} must be a finite number above 0")
 

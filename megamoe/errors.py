@@ -9,9 +9,9 @@ class ErrorRecord(NamedTuple):
 
     rank: int  # ep_rank that wrote the record
     cta: int  # block of the kernel, -1 on the torch path
-    role: str  # e.g. "load_tokens"
-    step: str  # dispatch, linear1, swiglu, linear2 or combine
-    index: int  # what was waited for: a peer's ep_rank, a ring block, a token
+    role: str  # a word of layout.ROLES, e.g. "tokens"
+    step: str  # dispatch, plan, linear1, swiglu, linear2 or combine
+    index: int  # what was waited for: a peer's ep_rank, a token block, a token
     have: int
     want: int
 

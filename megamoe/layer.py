@@ -23,6 +23,11 @@ class MoELayer(nn.Module):
 
     def __init__(self, config: MoEConfig, workspace: Workspace):
         super().__init__()
+        if not isinstance(config, MoEConfig) or not isinstance(workspace, Workspace):
+            raise TypeError(
+                f"config has type {type(config).__name__} and workspace has type {type(workspace).__name__}; pass a "
+                "MoEConfig, then a Workspace"
+            )
         if config not in workspace.moe_configs:
             raise ValueError(
                 f"config={config} is not among workspace.moe_configs={workspace.moe_configs}; add it there"
@@ -31,6 +36,7 @@ class MoELayer(nn.Module):
         self.config = config
         self.workspace = workspace
         self._dtype: torch.dtype | None = None  # bf16 format: of weights and hidden_states, known from load_weights on
+        self._loaded = False
         if workspace.is_cuda:
             from megamoe.engine_fused import FusedEngine  # only here: the CPU path must not need CUDA packages
 
@@ -79,8 +85,6 @@ class MoELayer(nn.Module):
             self._dtype = weights[0].linear1.dtype
         self._engine.load_weights(weights)
         self._loaded = True
-
-    _loaded = False
 
     @torch.no_grad()
     def forward(
@@ -169,8 +173,8 @@ class MoELayer(nn.Module):
             return (None,) * ranks
         if isinstance(value, list) and len(value) == ranks:
             return value
-        got = f"a list of {len(value)}" if isinstance(value, list) else f"a {type(value).__name__}"
-        raise TypeError(f"{name} is {got}; virtual_ranks={ranks} needs a list of {ranks}, one entry per rank")
+        got = f"is a list of {len(value)}" if isinstance(value, list) else f"has type {type(value).__name__}"
+        raise TypeError(f"{name} {got}; virtual_ranks={ranks} needs a list of {ranks}, one entry per rank")
 
     def _suffixes(self) -> Sequence[str]:
         ranks = self.workspace.ep_config.virtual_ranks

@@ -21,7 +21,7 @@ def tensor(
 ) -> None:
     """Type, dtype, shape, device, stride, in the order in which a wrong one explains the next."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; pass a tensor of shape {list(shape)}")
+        raise TypeError(f"{name} has type {type(value).__name__}; pass a tensor of shape {list(shape)}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {value.dtype}; use {' or '.join(map(str, dtypes))}")
     if value.shape != shape:
@@ -76,7 +76,9 @@ def num_tokens_bound(bound: int | None, capacity: int) -> int:
     if bound is None:
         return capacity
     if isinstance(bound, bool) or not isinstance(bound, int):
-        raise TypeError(f"num_tokens_bound={bound!r} is a {type(bound).__name__}; pass a host int, equal on all ranks")
+        raise TypeError(
+            f"num_tokens_bound={bound!r} has type {type(bound).__name__}; pass a host int, equal on all ranks"
+        )
     if not 0 <= bound <= capacity:
         raise ValueError(
             f"num_tokens_bound={bound} must be between 0 and the capacity num_max_tokens_per_rank={capacity}"
@@ -92,7 +94,8 @@ def hidden_states(
     is_pair = isinstance(value, tuple | list)
     if is_pair and (len(value) != 2 or config.weight_format != "fp8"):
         raise TypeError(
-            f"{name} is a {type(value).__name__} of {len(value)}; pass a tensor, or with 'fp8' a pair (e4m3, sf)"
+            f"{name} has type {type(value).__name__} and length {len(value)}; pass a tensor, or with 'fp8' a pair "
+            "(e4m3, sf)"
         )
     x, x_sf = value if is_pair else (value, None)
     if is_pair:
@@ -100,12 +103,14 @@ def hidden_states(
     else:
         dtypes = (torch.bfloat16,) if config.weight_format == "fp8" else (weight_dtype,)
     if not isinstance(x, Tensor) or x.dim() != 2:
-        got = f"has shape {list(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
+        got = f"has shape {list(x.shape)}" if isinstance(x, Tensor) else f"has type {type(x).__name__}"
         raise (ValueError if isinstance(x, Tensor) else TypeError)(
             f"{name} {got}; expected [num_tokens, hidden] = [n, {config.hidden}]"
         )
     if x.dtype == E4M3 and not is_pair:
         raise TypeError(f"{name} has dtype {x.dtype} without scale factors; pass the pair (e4m3, sf)")
+    if config.weight_format == "fp8" and not is_pair and x.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {x.dtype}; use torch.bfloat16 or a pair (e4m3, sf)")
     tensor(name, x, (x.shape[0], config.hidden), dtypes, device, aligned=True)
     if is_pair:
         tensor(f"{name} sf", x_sf, (x.shape[0], config.hidden // BLOCK), (torch.float32,), device)
@@ -129,7 +134,7 @@ def routing(
     if count is not None:
         if not isinstance(count, Tensor):
             raise TypeError(
-                f"num_tokens{rank} is a {type(count).__name__}; pass an int32 tensor with one element on {device}"
+                f"num_tokens{rank} has type {type(count).__name__}; pass an int32 tensor with one element on {device}"
             )
         tensor(f"num_tokens{rank}", count.reshape(-1), (1,), (torch.int32,), device)
     if device.type == "cpu":  # on CUDA reading a value would stop the stream: the kernel finds these itself

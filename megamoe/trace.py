@@ -261,9 +261,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m megamoe trace", description="Runs one layer call with a kernel that notes times, writes a "
         "trace for ui.perfetto.dev and prints where the time went. Needs one sm_90 GPU.")  # fmt: skip
-    sizes = {"hidden": 4096, "intermediate": 2048, "experts": 32, "topk": 6, "tokens": 256, "virtual-ranks": 1}
-    for name, default in sizes.items():
-        parser.add_argument("--" + name, type=int, default=default, help=f"default {default}")
+    sizes = {("--hidden",): 4096, ("--intermediate",): 2048, ("--experts", "--num-experts"): 32, ("--topk",): 6,
+             ("--tokens", "--num-max-tokens-per-rank"): 256, ("--virtual-ranks",): 1}
+    for names, default in sizes.items():
+        parser.add_argument(*names, type=int, default=default, help=f"default {default}")
     parser.add_argument("--bf16", action="store_true", help="bf16 input; default: prequantized")
     parser.add_argument("--out", default="megamoe.trace.json", metavar="FILE", help="default %(default)s")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,7 +28,7 @@ class BuildReport:
     def summary(self) -> str:
         remarks = f", remarks {' '.join(self.codes)}" if self.codes else ""
         cached = " (cached)" if self.from_cache else ""
-        return (f"{self.registers} registers, {self.spilled_bytes} B spilled, {self.cubin_bytes / 1024:.0f} KiB"
+        return (f"{self.registers} registers, {self.spilled_bytes} B spilled, cubin {self.cubin_bytes / 1024:.0f} KiB"
                 f"{remarks}{cached}")
 
 
@@ -80,10 +81,10 @@ def layout_main(argv: list[str]) -> int:
         prog="python -m megamoe layout",
         description="What lies where in one rank's memory: the symmetric arena, which peers address, and the local "
                     "workspace.")
-    sizes = {"hidden": 7168, "intermediate": 2048, "num_experts": 64, "topk": 8,
-             "num_max_tokens_per_rank": 512, "ep_size": 2}
-    for name, default in sizes.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=default, help=f"default {default}")
+    sizes = {("--hidden",): 7168, ("--intermediate",): 2048, ("--experts", "--num-experts"): 64, ("--topk",): 8,
+             ("--tokens", "--num-max-tokens-per-rank"): 512, ("--ep-size",): 2}
+    for names, default in sizes.items():
+        parser.add_argument(*names, type=int, default=default, help=f"default {default}")
     parser.add_argument("--json", action="store_true", help="one JSON object a region")
     parser.add_argument("--write-header", action="store_true",
                         help="write csrc/params.gen.cuh from megamoe/layout.py instead")
@@ -97,10 +98,23 @@ def layout_main(argv: list[str]) -> int:
         header.write_text(layout.render_header())
         print(f"wrote {header}")
         return 0
-    from megamoe import EPConfig, MoEConfig
+    from megamoe import EPConfig, MoEConfig, support
 
-    config = MoEConfig(given.hidden, given.intermediate, given.num_experts, given.topk)
-    regions = layout.regions([config], EPConfig(given.num_max_tokens_per_rank), given.ep_size)
+    try:
+        config = MoEConfig(given.hidden, given.intermediate, given.experts, given.topk)
+        ep_config = EPConfig(given.tokens)
+        reasons = list(support(config, ep_config, ep_size=given.ep_size).reasons)
+        # Without a device `support` judges what any of them could do; the table is the kernel's.
+        for name, value, limit in (("ep_size", given.ep_size, layout.MAX_EP_SIZE),
+                                   ("num_max_tokens_per_rank", given.tokens, layout.MAX_TOKENS)):
+            if value > limit:
+                reasons.append(f"{name}={value} is above the kernel's limit; use at most {limit}")
+        if reasons:
+            raise ValueError("; ".join(reasons))
+    except ValueError as error:
+        print(f"layout: {error}", file=sys.stderr)
+        return 2
+    regions = layout.regions([config], ep_config, given.ep_size)
     if given.json:
         for region in regions:
             print(json.dumps(dataclasses.asdict(region)))

@@ -137,9 +137,11 @@ def _check_types(moe_configs, ep_config) -> None:
     configs = moe_configs if isinstance(moe_configs, list | tuple) else [moe_configs]
     for config in configs:
         if not isinstance(config, MoEConfig):
-            raise TypeError(f"moe_configs has a {type(config).__name__}; pass a MoEConfig or a list of them")
+            raise TypeError(
+                f"moe_configs holds a value of type {type(config).__name__}; pass a MoEConfig or a list of them"
+            )
     if not isinstance(ep_config, EPConfig):
-        raise TypeError(f"ep_config is a {type(ep_config).__name__}; pass an EPConfig")
+        raise TypeError(f"ep_config has type {type(ep_config).__name__}; pass an EPConfig")
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -7,6 +7,7 @@ number format's and which the kernel's: the same quantization in plain torch (me
 import argparse
 import tempfile
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     given.prompt = given.prompt or ["The quick brown fox", "Megamoe: "]
     if any(not text for text in given.prompt):
         parser.error("--prompt '' has no token to start from; give at least one character")
+    if given.model != "tiny" and not Path(given.model).is_dir():
+        parser.error(f"--model {given.model}: no such folder")
     if given.max_new_tokens < 1:
         parser.error(f"--max-new-tokens {given.max_new_tokens} must be at least 1")
     if given.device == "auto":

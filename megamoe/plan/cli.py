@@ -24,7 +24,7 @@ def build_parser():
                         "[steps, layers, experts], summed over steps")
     parser.add_argument("--generate", choices=GENERATORS, help="use a generated load instead of a file")
     parser.add_argument("--layers", type=int, default=4, help="of a generated load")
-    parser.add_argument("--experts", type=int, default=256, help="of a generated load")
+    parser.add_argument("--experts", "--num-experts", type=int, default=256, help="of a generated load")
     parser.add_argument("--seed", type=int, default=1, help="of a generated load")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--nodes", type=int, default=1)

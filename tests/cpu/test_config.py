@@ -19,15 +19,15 @@ GOOD = {"hidden": 256, "intermediate": 128, "num_experts": 8, "topk": 2}
         ("hidden", 100, ValueError, "hidden=100 must be a multiple of 128; nearest 128"),
         ("hidden", 0, ValueError, "hidden=0 must be at least 1"),
         ("intermediate", 200, ValueError, "intermediate=200 must be a multiple of 128; nearest 128, 256"),
-        ("intermediate", 128.0, TypeError, "intermediate=128.0 is a float; pass an int"),
+        ("intermediate", 128.0, TypeError, "intermediate=128.0 has type float; pass an int"),
         ("num_experts", 0, ValueError, "num_experts=0 must be at least 1; nearest legal value 1"),
-        ("num_experts", True, TypeError, "num_experts=True is a bool"),
+        ("num_experts", True, TypeError, "num_experts=True has type bool"),
         ("topk", 0, ValueError, "topk=0 must be between 1 and 16; nearest legal value 1"),
         ("topk", 17, ValueError, "topk=17 must be between 1 and 16; nearest legal value 16"),
         ("weight_format", "int4", ValueError, "weight_format='int4' must be one of 'fp8', 'bf16'"),
         ("swiglu_limit", 0.0, ValueError, "swiglu_limit=0.0 must be a finite number above 0"),
         ("swiglu_limit", float("nan"), ValueError, "swiglu_limit=nan must be a finite number above 0"),
-        ("swiglu_limit", "7", TypeError, "swiglu_limit='7' is a str; pass a number"),
+        ("swiglu_limit", "7", TypeError, "swiglu_limit='7' has type str; pass a number"),
     ],
 )
 def test_moe_config_names_the_field_its_value_and_the_remedy(field, value, error, text):

@@ -171,6 +171,27 @@ def test_kernels_are_all_built_and_a_bad_one_is_wrong(monkeypatch, capsys, tmp_p
     assert all(report.problem == f"{report.spilled_bytes} B spilled" for report in verbs.build_reports())
 
 
+@pytest.mark.parametrize(("option", "value", "text"), [
+    ("--hidden", "100", "hidden=100 must be a multiple of 128"),
+    ("--num-experts", "7", "num_experts=7 cannot be spread evenly over ep_size=2"),
+    ("--ep-size", "99", "nearest ep_size 64"),
+    ("--ep-size", "64", "ep_size=64 is above the kernel's limit"),
+    ("--tokens", "0", "num_max_tokens_per_rank=0 must be at least 1"),
+    ("--num-max-tokens-per-rank", "999999999", "num_max_tokens_per_rank=999999999 is above the kernel's limit"),
+])  # fmt: skip
+def test_layout_of_sizes_that_cannot_run_is_refused(option, value, text, capsys):
+    assert verbs.layout_main([option, value]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("layout: ") and text in said.err and not said.out
+
+
+def test_layout_takes_the_short_and_the_long_names(capsys):
+    assert verbs.layout_main(["--json", "--experts", "32", "--tokens", "64"]) == 0
+    short = capsys.readouterr().out
+    assert verbs.layout_main(["--json", "--num-experts", "32", "--num-max-tokens-per-rank", "64"]) == 0
+    assert capsys.readouterr().out == short != ""
+
+
 def test_render_puts_the_remedy_on_the_next_line():
     text = doctor.render([Row("a", "x", "ok", "1"), Row("a", "y", "wrong", "2", "do z"), Row("b", "w", "none", "3")])
     assert [line.split()[0] for line in text.splitlines() if line] == ["a", "✓", "✗", "remedy:", "b", "–", "1"]

@@ -114,7 +114,7 @@ def bad_calls():
     x, idx, w = torch.zeros(n, h).bfloat16(), torch.zeros(n, 2, dtype=torch.int32), torch.zeros(n, 2)
     e4m3, sf = quantize_rows(x)
     count = torch.tensor([5], dtype=torch.int32)
-    yield {"hidden_states": x.float()}, TypeError, "hidden_states has dtype torch.float32; use torch.bfloat16"
+    yield {"hidden_states": x.float()}, TypeError, "has dtype torch.float32; use torch.bfloat16 or a pair (e4m3, sf)"
     yield {"hidden_states": x[:, :128]}, ValueError, "hidden_states has shape [5, 128]; expected [5, 256]"
     yield {"hidden_states": x[0]}, ValueError, "hidden_states has shape [256]; expected [num_tokens, hidden] = [n, 256]"
     yield {"hidden_states": x.t().contiguous().t()}, ValueError, "hidden_states has strides (1, 5); make it contiguous"
@@ -122,8 +122,8 @@ def bad_calls():
     yield {"hidden_states": e4m3}, TypeError, "without scale factors; pass the pair (e4m3, sf)"
     yield {"hidden_states": (e4m3, sf[:, :1])}, ValueError, "hidden_states sf has shape [5, 1]; expected [5, 2]"
     yield {"hidden_states": (x, sf)}, TypeError, "hidden_states has dtype torch.bfloat16; use torch.float8_e4m3fn"
-    yield {"hidden_states": (e4m3, sf, sf)}, TypeError, "hidden_states is a tuple of 3"
-    yield {"hidden_states": None}, TypeError, "hidden_states is a NoneType"
+    yield {"hidden_states": (e4m3, sf, sf)}, TypeError, "hidden_states has type tuple and length 3"
+    yield {"hidden_states": None}, TypeError, "hidden_states has type NoneType"
     yield {"hidden_states": torch.zeros(n * h + 1).bfloat16()[1:].view(n, h)}, ValueError, "no multiple of 16 bytes"
     yield {"topk_idx": idx[:4]}, ValueError, "topk_idx has shape [4, 2]; expected [5, 2]"
     yield {"topk_idx": idx.float()}, TypeError, "topk_idx has dtype torch.float32; use torch.int32 or torch.int64"
@@ -135,7 +135,7 @@ def bad_calls():
         "topk_weights has dtype torch.float16; use torch.float32 or torch.bfloat16",
     )
     yield {"topk_weights": w[:, :1]}, ValueError, "topk_weights has shape [5, 1]; expected [5, 2]"
-    yield {"num_tokens": 5}, TypeError, "num_tokens is a int; pass an int32 tensor with one element"
+    yield {"num_tokens": 5}, TypeError, "num_tokens has type int; pass an int32 tensor with one element"
     yield {"num_tokens": count.long()}, TypeError, "num_tokens has dtype torch.int64; use torch.int32"
     yield {"num_tokens": count.repeat(2)}, ValueError, "num_tokens has shape [2]; expected [1]"
     yield {"num_tokens": count + 1}, ValueError, "num_tokens=6 must be between 0 and the 5 rows"
@@ -171,7 +171,7 @@ def test_virtual_ranks_name_the_rank_of_a_bad_argument():
     x, _, topk_idx, topk_weights, _ = map(list, zip(*case.inputs, strict=True))
     with pytest.raises(ValueError, match=r"topk_idx\[1\] has shape \[4, 2\]"):
         layer(x, [topk_idx[0], topk_idx[1][:4]], topk_weights)
-    with pytest.raises(TypeError, match=r"hidden_states is a Tensor; virtual_ranks=2 needs a list of 2"):
+    with pytest.raises(TypeError, match=r"hidden_states has type Tensor; virtual_ranks=2 needs a list of 2"):
         layer(x[0], topk_idx, topk_weights)
     with pytest.raises(TypeError, match=r"topk_weights is a list of 1; virtual_ranks=2 needs a list of 2"):
         layer(x, topk_idx, topk_weights[:1])
@@ -270,7 +270,9 @@ def test_workspace_refuses_what_cannot_run():
         Workspace(bf16, EPConfig(8), device="cuda")
     with pytest.raises(ValueError, match="is not among workspace"):
         MoELayer(bf16, Workspace(TINY, EPConfig(8), device="cpu"))
-    with pytest.raises(TypeError, match="moe_configs has a dict; pass a MoEConfig"):
+    with pytest.raises(TypeError, match="config has type Workspace and workspace has type MoEConfig; pass a MoEC"):
+        MoELayer(Workspace(TINY, EPConfig(8), device="cpu"), TINY)
+    with pytest.raises(TypeError, match="moe_configs holds a value of type dict; pass a MoEConfig"):
         Workspace({}, EPConfig(8), device="cpu")
-    with pytest.raises(TypeError, match="ep_config is a int; pass an EPConfig"):
+    with pytest.raises(TypeError, match="ep_config has type int; pass an EPConfig"):
         Workspace(TINY, 8, device="cpu")
