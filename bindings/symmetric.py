@@ -9,6 +9,7 @@ HostStatus        words that the device writes and the host reads without synchr
 
 import ctypes
 import socket
+from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from .errors import check, driver
 ALIGN = 1024  # of every arena's base, bytes
 
 
-class SymmetricMemory:
+class SymmetricMemory(ABC):
     """base_ptrs: address of each rank's arena as seen from this process. local: uint8 [nbytes] tensors over the arenas
     held here, in the order of `ranks_here`. nbytes: of one arena, as asked. footprint_bytes: device or host memory this
     process gave for it. Arenas start zeroed. Context manager: leaving by an exception abandons instead of closing."""
@@ -34,9 +35,9 @@ class SymmetricMemory:
         self.footprint_bytes = 0
         self.closed = False
 
+    @abstractmethod
     def barrier(self) -> None:
         """Waits for this process's work on the device, then for all ranks'."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Collective where the memory is: stop launching and destroy graphs that hold its addresses before. May be

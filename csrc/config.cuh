@@ -16,7 +16,7 @@ struct Config {
     static constexpr u32 kStageBytes = align_up(kTokensBytes + kImageCopyBytes + kBlockTokens * 4, 1024);
     static constexpr u32 kHImageBytes = kBlockTokens * (kKBlock + 4);
     // Many rows: pairs of CTAs work on two token blocks against one weight image, each loading half of it for both.
-    // That takes 32 instead of 48 KB a stage from the L2 cache, which cannot feed the tensor cores otherwise.
+    // That takes 32 instead of 48 KB a stage from the L2 cache: at full tensor rate 48 KB would be 10 TB/s.
     static constexpr u32 kCluster = kWeightsOnM ? 1 : 2;
     // Who may enter an epilogue on its own. Weights on M: a row's amax crosses both warpgroups. Tokens on M: a
     // warpgroup has whole rows, so one computes while the other is in its epilogue.
@@ -109,7 +109,7 @@ constexpr u32 kSharedBytes = kFixedBytes<C> + kStages<C> * C::kStageBytes;
 
 template <class C>
 MOE_HOST_DEVICE constexpr bool shared_storage_fits() {
-    // Fewer stages in the largest tile cost a tenth of its speed: a larger state must not take one unnoticed.
+    // A larger state must not take a stage unnoticed (it did: benchmarks/notes/0002).
     static_assert(kStages<C> >= 4);
     static_assert(sizeof(typename SharedStorage<C>::Stage) == C::kStageBytes, "image and scale factors are contiguous");
     static_assert(kSharedBytes<C> <= C::kSharedLimit);

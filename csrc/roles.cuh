@@ -1,17 +1,18 @@
 // Which warp does what for the whole launch, and what it costs in registers.
 #pragma once
+#include "params.gen.cuh"
 #include "prelude.cuh"
 
 namespace moe {
 
-constexpr u32 kNumThreads = 512;
 // warps 0-7   math      wgmma, swiglu, linear2 rows           (two warpgroups)
 // warp  8     weights   tickets, tile slots, weight images    (plan step first, as all of warps 0-11)
 // warps 9-10  tokens    gathers rows for linear1, h images for linear2
 // warp  11    store     h images and linear2 rows out, readiness flags
 // warps 12-15 exchange  dispatch: routing and rows to the peers; then combine
 constexpr u32 kWeightsWarp = 8, kTokensWarp = 9, kStoreWarp = 11, kExchangeWarp = 12;
-constexpr u32 kMathWarps = 8, kTokensWarps = 2, kExchangeWarps = 4, kPlanWarps = 12;
+constexpr u32 kMathWarps = 8, kTokensWarps = 2, kPlanWarps = 12;
+static_assert(32 * (kExchangeWarp + kExchangeWarps) == kNumThreads);
 constexpr u32 kTokensArrivals = 33;  // of each tokens warp on tokens_full: one a lane, one more by lane 0
 constexpr u32 kTileReaders = kMathWarps + kTokensWarps + 1;
 

@@ -3,11 +3,12 @@
 import math
 from dataclasses import dataclass
 
+from megamoe.layout import MAX_TOPK
+
 BLOCK = 128
 """Elements that share one scale factor along K, and both sides of a weight block (DeepSeek-V3 checkpoint
 convention)."""
 
-MAX_TOPK = 16
 WEIGHT_FORMATS = ("fp8", "bf16")
 
 

@@ -18,10 +18,6 @@ from megamoe_cuda.device import device_info
 from megamoe_cuda.launch import LoadedKernel, read_symbol_u32
 from megamoe_cuda.symmetric import HostStatus, NvshmemMemory, OneGpuMemory
 
-NUM_THREADS = 512
-EXCHANGE_WARPS = 4  # of a CTA; with the CTA count, how many combine items run at once
-COMBINE_STEP = 256  # columns a warp sums at once
-
 
 def choose_block_tokens(config: MoEConfig, ep_size: int, num_tokens_bound: int) -> int:
     """Tokens of a tile, from values equal on all ranks.
@@ -230,14 +226,14 @@ class FusedEngine:
         # Few rows an expert: all of linear1, then all of linear2. Many: waves of 8 pairs of blocks (two rounds of the
         # GPU at intermediate 2048), linear2 two waves behind.
         p.order_group, p.order_lag = (1, 1 << 20) if block <= 64 else (8, 2)
-        warps = shared.ctas_per_rank * EXCHANGE_WARPS
+        warps = shared.ctas_per_rank * layout.EXCHANGE_WARPS
         p.combine_columns = min(
-            hidden, math.ceil(max(num_tokens_bound, 1) * hidden / warps / COMBINE_STEP) * COMBINE_STEP
+            hidden, math.ceil(max(num_tokens_bound, 1) * hidden / warps / layout.COMBINE_STEP) * layout.COMBINE_STEP
         )
         p.combine_chunks = -(-hidden // p.combine_columns)
         with torch.cuda.device(shared.device):
             stream = torch.cuda.current_stream().cuda_stream
-            shared.kernels[block].launch(stream, shared.ctas_per_rank * shared.num_ranks, NUM_THREADS, p)
+            shared.kernels[block].launch(stream, shared.ctas_per_rank * shared.num_ranks, layout.NUM_THREADS, p)
         return outs
 
     def check(self) -> None:

@@ -22,6 +22,10 @@ MAX_LOCAL_EXPERTS = 256  # shared-memory tables of the plan step
 MAX_TOKENS = 1 << 20  # twenty bits of a row's name
 HEAD_SLICE_TOKENS = 64  # tokens whose routing travels behind one flag
 
+NUM_THREADS = 512  # of a CTA; csrc/roles.cuh says what each warp does
+EXCHANGE_WARPS = 4  # of them; with the CTA count, how many combine items run at once
+COMBINE_STEP = 256  # columns that a warp sums at once
+
 K_BLOCK = 128  # columns of a scale factor, bytes of a swizzled row, K of a stage
 N_BLOCK = 256  # weight rows of an image and of a tile
 IMAGE_SF_OFFSET = N_BLOCK * K_BLOCK
@@ -296,6 +300,9 @@ def render_header() -> str:
         ("kMaxTopk", MAX_TOPK),
         ("kMaxLocalExperts", MAX_LOCAL_EXPERTS),
         ("kHeadSliceTokens", HEAD_SLICE_TOKENS),
+        ("kNumThreads", NUM_THREADS),
+        ("kExchangeWarps", EXCHANGE_WARPS),
+        ("kCombineStep", COMBINE_STEP),
         ("kKBlock", K_BLOCK),
         ("kNBlock", N_BLOCK),
         ("kImageSfOffset", IMAGE_SF_OFFSET),

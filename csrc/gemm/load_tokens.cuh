@@ -86,7 +86,7 @@ struct TokenLoader {
     }
 
     // What a tile needs besides stages: names of its rows, and for linear1 that they have arrived. Done halfway through
-    // the tile before, where the ring hides its three dependent loads (4 us with a loaded memory system).
+    // the tile before, where the ring hides its three dependent loads (traced: 4 to 5 us).
     MOE_DEVICE void prepare(u32 number) {
         const u32 slot = number % kTileSlots;
         wait_mbarrier(&s.tile_full[slot], number / kTileSlots & 1);

@@ -62,9 +62,9 @@ MOE_DEVICE uint4 sum_slots(const u16* rows, u32 hidden, u32 used) {
 MOE_DEVICE void combine_item(const Launch& l, u8 (&buffers)[2][512], u32 token, u32 begin, u32 used) {
     const u32 lane = lane_id(), hidden = l.p.hidden, end = min_u32(begin + l.p.combine_columns, hidden);
 #pragma unroll 1
-    for (u32 column = begin; column < end; column += 256) {
-        const u32 columns = min_u32(256, hidden - column);
-        u8* buffer = buffers[column / 256 % 2];
+    for (u32 column = begin; column < end; column += kCombineStep) {
+        const u32 columns = min_u32(kCombineStep, hidden - column);
+        u8* buffer = buffers[column / kCombineStep % 2];
         uint4 y = make_uint4(0, 0, 0, 0);
         if (lane * 8 < columns) y = sum_slots(l.combine_y(l.me.ep_rank, token, 0) + column + lane * 8, hidden, used);
         if (lane == 0) ptx::bulk_wait_read<1>();  // the buffer of two steps ago
@@ -173,7 +173,7 @@ MOE_DEVICE void combine(const Launch& l, SharedStorage<C>& s) {
 }
 
 // Math warps, once their tiles are done: tokens still open then are the tail of the call, and eight more warps with
-// loads in flight shorten it threefold.
+// loads in flight shorten it.
 template <class C>
 MOE_DEVICE void help_combine(const Launch& l, SharedStorage<C>& s) {
     ptx::named_barrier_sync<kBarrierMath, kMathWarps * 32>();  // the stages are free

@@ -76,7 +76,7 @@ MOE_DEVICE bool mbarrier_try_wait(u64* bar, u32 parity) {
 }
 
 // Between generic accesses and the copy engine's or wgmma's, each for its own memory: the unqualified fence is a
-// membar.gpu besides, ~1 us where stores are in flight.
+// membar.gpu besides, which waits for every store in flight (benchmarks/notes/0001).
 MOE_DEVICE void fence_proxy_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 MOE_DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 template <int kId, int kThreads>

@@ -1,5 +1,5 @@
 // Rendezvous of the plan warps of all CTAs of one rank: each CTA raises its own epoch word and reads all the others.
-// Co-residency comes from the cooperative launch. About 2 us.
+// Co-residency comes from the cooperative launch.
 #pragma once
 #include "roles.cuh"
 #include "sync/wait.cuh"
