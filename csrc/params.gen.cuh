@@ -146,6 +146,7 @@ struct KernelParams {
     u32 slices;
     u32 order_group;
     u32 order_lag;
+    u32 prefetch_stages;
     u32 combine_columns;
     u32 combine_chunks;
     u32 x_is_fp8;
@@ -191,13 +192,14 @@ static_assert(MOE_OFFSETOF(KernelParams, capacity) == 1320);
 static_assert(MOE_OFFSETOF(KernelParams, slices) == 1324);
 static_assert(MOE_OFFSETOF(KernelParams, order_group) == 1328);
 static_assert(MOE_OFFSETOF(KernelParams, order_lag) == 1332);
-static_assert(MOE_OFFSETOF(KernelParams, combine_columns) == 1336);
-static_assert(MOE_OFFSETOF(KernelParams, combine_chunks) == 1340);
-static_assert(MOE_OFFSETOF(KernelParams, x_is_fp8) == 1344);
-static_assert(MOE_OFFSETOF(KernelParams, idx_is_int64) == 1348);
-static_assert(MOE_OFFSETOF(KernelParams, weights_are_bf16) == 1352);
-static_assert(MOE_OFFSETOF(KernelParams, swiglu_limit) == 1356);
-static_assert(sizeof(KernelParams) == 1360);
+static_assert(MOE_OFFSETOF(KernelParams, prefetch_stages) == 1336);
+static_assert(MOE_OFFSETOF(KernelParams, combine_columns) == 1340);
+static_assert(MOE_OFFSETOF(KernelParams, combine_chunks) == 1344);
+static_assert(MOE_OFFSETOF(KernelParams, x_is_fp8) == 1348);
+static_assert(MOE_OFFSETOF(KernelParams, idx_is_int64) == 1352);
+static_assert(MOE_OFFSETOF(KernelParams, weights_are_bf16) == 1356);
+static_assert(MOE_OFFSETOF(KernelParams, swiglu_limit) == 1360);
+static_assert(sizeof(KernelParams) == 1368);
 
 struct KernelStatus {
     u32 code;

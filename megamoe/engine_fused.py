@@ -216,6 +216,7 @@ class FusedEngine:
 
         block = tiles.choose_block_tokens(self.config, shared.ep_size, num_tokens_bound)
         p.order_group, p.order_lag = tiles.tile_order(block)
+        p.prefetch_stages = tiles.prefetch_stages(self.config, shared.ep_size, num_tokens_bound)
         warps = shared.ctas_per_rank * (layout.EXCHANGE_WARPS + layout.MATH_WARPS)
         p.combine_columns = tiles.combine_columns(hidden, num_tokens_bound, warps)
         p.combine_chunks = -(-hidden // p.combine_columns)

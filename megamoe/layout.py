@@ -209,6 +209,7 @@ class KernelParams(ctypes.Structure):
         ("slices", ctypes.c_uint32),  # head slices of the workspace's capacity
         ("order_group", ctypes.c_uint32),
         ("order_lag", ctypes.c_uint32),
+        ("prefetch_stages", ctypes.c_uint32),  # of its likely first tile, that a CTA asks the L2 cache for at entry
         ("combine_columns", ctypes.c_uint32),  # columns of one combine item
         ("combine_chunks", ctypes.c_uint32),  # items a token
         ("x_is_fp8", ctypes.c_uint32),

@@ -21,6 +21,7 @@ void all_tiles(u32 blocks, u32 n1, u32 n2, u32 group, u32 lag, u32* out) {
         out[3 * i] = tile.is_linear2, out[3 * i + 1] = tile.m_block, out[3 * i + 2] = tile.n_block;
     }
 }
+u32 merged(u32 count, u32 ratio) { return merged_first(count, ratio); }
 u32 expert_of(const u32* offsets, u32 count, u32 x) { return find_expert(offsets, count, x); }
 u32 pack(u32 src_rank, u32 token, u32 slot) { return pack_row(src_rank, token, slot); }
 u32 unpack(u32 row, u32 field) {
