@@ -197,6 +197,7 @@ class KernelParams(ctypes.Structure):
         ("recv_x_pitch", ctypes.c_uint64),  # bytes between two source ranks
         ("recv_x_sf_pitch", ctypes.c_uint64),
         ("head_pitch", ctypes.c_uint64),  # elements between two source ranks of head_idx and head_weights
+        ("prefetch_stages", ctypes.c_uint64),  # of its likely first tile, that a CTA asks the L2 cache for at entry
         ("arrive_deadline_ns", ctypes.c_uint64),  # until every rank has sent its routing
         ("step_deadline_ns", ctypes.c_uint64),  # any later wait
         ("ep_size", ctypes.c_uint32),
@@ -209,7 +210,6 @@ class KernelParams(ctypes.Structure):
         ("slices", ctypes.c_uint32),  # head slices of the workspace's capacity
         ("order_group", ctypes.c_uint32),
         ("order_lag", ctypes.c_uint32),
-        ("prefetch_stages", ctypes.c_uint32),  # of its likely first tile, that a CTA asks the L2 cache for at entry
         ("combine_columns", ctypes.c_uint32),  # columns of one combine item
         ("combine_chunks", ctypes.c_uint32),  # items a token
         ("x_is_fp8", ctypes.c_uint32),

@@ -33,7 +33,7 @@ MOE_DEVICE void prefetch_first_tile(const Launch& l) {
         const u32 pair = l.cta / 2, group = min_u32(l.p.order_group, experts);
         expert = pair % group, n_block = 2 * (pair / group) + l.cta % 2;
     }
-    const u32 stages = min_u32(l.p.prefetch_stages, k_blocks);
+    const u32 stages = min_u32(static_cast<u32>(l.p.prefetch_stages), k_blocks);
     if (stages == 0 || expert >= experts || n_block >= n_blocks) return;
     ptx::bulk_prefetch_l2(
         reinterpret_cast<const u8*>(l.me.linear1) + (u64(expert) * n_blocks + n_block) * k_blocks * kImagePitchBytes,
