@@ -36,6 +36,7 @@ from megamoe.integrations.experts import Experts, find_experts
 from megamoe.integrations.spec import SpecExperts
 from megamoe.layer import MoELayer
 from megamoe.workspace import Workspace
+from megamoe_cuda.gather import gather
 
 IMPLEMENTATION = "megamoe"
 DEFAULT_CAPACITY = 4096
@@ -291,8 +292,7 @@ def _placement(group: dist.ProcessGroup | None) -> tuple[int, int]:
 def _agree(problem: Exception | None, ep_size: int, group: dist.ProcessGroup | None) -> None:
     """Refuse on all ranks what one of them refuses: the others would wait for it in the workspace's constructor."""
     if ep_size > 1:
-        texts = [None] * ep_size
-        dist.all_gather_object(texts, None if problem is None else str(problem), group=group)
+        texts = gather(group or dist.group.WORLD, "serve", None if problem is None else str(problem))
         theirs = next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None), None)
         if problem is None and theirs is not None:
             problem = ValueError(theirs)
