@@ -16,7 +16,7 @@ from megamoe.config import MoEConfig
 from megamoe.errors import ErrorRecord, MegaMoEError
 from megamoe.quant.weights import image_shape, pack_expert
 from megamoe.steps import ExpertWeights, RankInput
-from megamoe_cuda.compile import compile_kernel, debug_level
+from megamoe_cuda.compile import CompiledKernel, compile_kernel, debug_level
 from megamoe_cuda.device import device_info
 from megamoe_cuda.gather import busy, gather
 from megamoe_cuda.launch import LoadedKernel, read_symbol_u32
@@ -106,17 +106,19 @@ class FusedWorkspace:
         largest = [choose_block_tokens(c, self.ep_size, self.ep_config.num_max_tokens_per_rank) for c in configs]
         smallest = [choose_block_tokens(c, self.ep_size, 1) for c in configs]
         wanted = [block for block in layout.BLOCK_TOKENS if min(smallest) <= block <= max(largest)]
-        builds = [kernel_build(block) for block in wanted]
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            compiled = list(pool.map(lambda b: compile_kernel(b.source, b.entry, b.defines), builds))
-        kernels = {}
-        for block, build, kernel in zip(wanted, builds, compiled, strict=True):
-            shared_bytes = read_symbol_u32(kernel.cubin, "mega_moe_shared_bytes")
-            kernels[block] = LoadedKernel(kernel.cubin, build.entry, shared_bytes)
-            if self.debug:
-                sizes = [region.bytes for region in self.regions]
-                kernels[block].write_symbol("mega_moe_region_bytes", struct.pack(f"<{len(sizes)}Q", *sizes))
-        return kernels
+        with ThreadPoolExecutor(max_workers=4) as pool:  # into the compiler's memory; loading is not for threads
+            list(pool.map(_compiled, wanted))
+        return {block: self.load_kernel(block) for block in wanted}
+
+    def load_kernel(self, block: int, **defines: int) -> LoadedKernel:
+        """The kernel for tiles of `block` tokens, with further defines a test or trace build of it."""
+        kernel = _compiled(block, **defines)
+        shared_bytes = read_symbol_u32(kernel.cubin, "mega_moe_shared_bytes")
+        loaded = LoadedKernel(kernel.cubin, kernel.entry, shared_bytes)
+        if self.debug:
+            sizes = [region.bytes for region in self.regions]
+            loaded.write_symbol("mega_moe_region_bytes", struct.pack(f"<{len(sizes)}Q", *sizes))
+        return loaded
 
     def _clear(self) -> None:
         """Flags and counters to zero, epoch to 1, on all ranks between two barriers."""
@@ -214,6 +216,11 @@ class FusedWorkspace:
         self.kernels, self.local = {}, []
 
 
+def _compiled(block: int, **defines: int) -> CompiledKernel:
+    build = kernel_build(block)
+    return compile_kernel(build.source, build.entry, build.defines | defines)
+
+
 def _check_blocks(configs, ep_size: int, capacity: int) -> None:
     # The kernel counts token blocks in 16 bits
     for c in configs:
@@ -238,6 +245,8 @@ def _story(r: ErrorRecord) -> str:
 
 class FusedEngine:
     """Holds one layer's weight images and its prepared parameters. For one thread at a time, like the layer."""
+
+    wait_s = None  # the device waits, not the host
 
     def __init__(self, config: MoEConfig, workspace):
         self.config, self.shared = config, workspace.fused

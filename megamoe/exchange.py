@@ -7,6 +7,7 @@ Both classes have the same members; the first three are all that dispatch and co
                             the same number of rows. Returns received[i][src] = the tuple that src sent to ranks[i].
                             step: "dispatch" or "combine", for an error's record.
     start_call(layer)       a call of the workspace's layer number `layer` begins
+    wait_s: float           seconds spent waiting for peers so far
 """
 
 import contextlib
@@ -30,6 +31,8 @@ _num_exchanges = weakref.WeakKeyDictionary()  # group -> DistExchanges made on i
 
 class LocalExchange:
     """All ep_size ranks live in this process: the oracle for any rank count, and virtual ranks on CPU."""
+
+    wait_s = 0.0
 
     def __init__(self, ep_size: int):
         self.ep_size = ep_size
@@ -80,6 +83,7 @@ class DistExchange:
         self._call, self._layer, self._resets = 0, 0, 0
         self._number = _num_exchanges[group] = _num_exchanges.get(group, 0) + 1  # on this group; equal on all ranks
         self._connections = group  # until a reset
+        self.wait_s = 0.0
 
     def start_call(self, layer: int) -> None:
         self._call, self._layer = self._call + 1, layer
@@ -175,6 +179,8 @@ class DistExchange:
             text = f"rank {peer} {fault} within {deadline_s} s" if late else f"rank {peer} left after {seconds:.1f} s"
             cause = str(error).partition("] ")[2].partition(". ")[0] or str(error)  # without gloo's place and advice
             raise self._failure(f"{text}: {cause}", step, peer, have) from error
+        finally:
+            self.wait_s += time.monotonic() - begin
 
     def _failure(self, text: str, step: str, peer: int, have: int, want: int | None = None) -> MegaMoEError:
         record = ErrorRecord(self.ep_rank, -1, "exchange", step, peer, have, self.ep_size if want is None else want)

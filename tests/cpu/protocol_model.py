@@ -56,8 +56,9 @@ class Model:
     """order: (blocks, n1, n2, group, lag) -> tiles in ticket order. launches: (layer, routing of every rank)."""
 
     def __init__(self, seed: int, num_ranks: int, num_ctas: int, capacity: int, launches, order: Callable,
-                 protocol: Protocol):  # fmt: skip
+                 protocol: Protocol, adversarial: bool = False):  # fmt: skip
         self.random = random.Random(seed)
+        self.adversarial = adversarial
         self.num_ranks, self.num_ctas, self.capacity = num_ranks, num_ctas, capacity
         self.launches = [Launch(layer, 1 + i, routing) for i, (layer, routing) in enumerate(launches)]
         self.order, self.protocol = order, protocol
@@ -277,6 +278,8 @@ class Model:
             self.start(me)
         speeds = [self.random.choice((1.0, 1.0, 0.2, 0.01)) for _ in range(self.num_ranks)]
         misses = 0
+        if self.adversarial:
+            self.run_by_priority()
         while any(self.waiting):
             if misses < 40:
                 busy = [me for me in range(self.num_ranks) if self.waiting[me]]
@@ -292,9 +295,26 @@ class Model:
                   for token in range(len(routing))}  # fmt: skip
         if self.combined != tokens:
             raise Violation("not every token was combined")
+        if any(count for (name, *_), count in self.counters.items() if name in ("ticket", "block_done")):
+            raise Violation("a counter did not come back to its start")
+
+    def run_by_priority(self) -> None:
+        """The first role that can go on does, again and again, so that the others starve; now and then it becomes the
+        last (Burckhardt et al., "A Randomized Scheduler with Probabilistic Guarantees of Finding Bugs")."""
+        priority: dict[int, float] = {}
+        while any(self.waiting):
+            everyone = [(me, entry) for me in range(self.num_ranks) for entry in self.waiting[me]]
+            everyone.sort(key=lambda item: priority.setdefault(id(item[1]), self.random.random()))
+            for me, entry in everyone:
+                if self.step(me, self.waiting[me].index(entry)):
+                    if self.random.random() < 0.005:
+                        priority[id(entry)] = 1 + self.random.random()
+                    break
+            else:
+                raise Deadlock(f"{len(everyone)} roles wait, launches finished by rank: {self.finished}")
 
 
-def draw(seed: int, order: Callable, protocol: Protocol, num_launches: int = 5) -> Model:
+def draw(seed: int, order: Callable, protocol: Protocol, num_launches: int = 5, adversarial: bool = False) -> Model:
     """Two layers of different shape in turn on 1 to 4 ranks of 1 to 3 CTAs, 0 to 5 tokens a rank, ids -1 and twice the
     same included. Half of the cases give every rank only its own experts, so that ranks depend on each other least."""
     r = random.Random(seed)
@@ -312,4 +332,4 @@ def draw(seed: int, order: Callable, protocol: Protocol, num_launches: int = 5) 
             routing.append([[r.choice((-1, *experts)) for _ in range(layer.topk)]
                             for _ in range(r.choice((0, 1, r.randint(0, capacity))))])  # fmt: skip
         launches.append((layer, routing))
-    return Model(seed, num_ranks, num_ctas, capacity, launches, order, protocol)
+    return Model(seed, num_ranks, num_ctas, capacity, launches, order, protocol, adversarial)

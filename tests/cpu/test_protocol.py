@@ -31,6 +31,16 @@ def test_tiles_run_once_and_nothing_is_read_early_late_or_from_another_launch(or
     assert ahead == 1  # ranks did run apart; to finish one more launch, a rank needs the others' routing for it
 
 
+def test_it_holds_when_one_role_after_the_other_starves(order):
+    for seed in range(200):
+        model = draw(seed, order, Protocol(), num_launches=3, adversarial=True)
+        try:
+            model.run()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
+        assert model.finished == [3] * model.num_ranks
+
+
 @pytest.mark.parametrize(
     "protocol, failures",
     [

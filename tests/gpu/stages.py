@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from megamoe import EPConfig, MoELayer, Workspace, engine_fused
-from megamoe.builds import kernel_build
 from megamoe.quant.fp8 import Quantized
 from megamoe.testing.data import Case
-from megamoe_cuda.compile import compile_kernel
-from megamoe_cuda.launch import LoadedKernel, read_symbol_u32
 from tests.gpu import oracle
 
 
@@ -28,10 +25,8 @@ class Stages(NamedTuple):
 @contextlib.contextmanager
 def _only_kernel(workspace: Workspace, block_tokens: int):
     """Every call takes the tile of `block_tokens`, in a build that writes linear1's sums."""
-    build = kernel_build(block_tokens)
-    compiled = compile_kernel(build.source, build.entry, build.defines | {"DUMP_LINEAR1": 1})
-    kernel = LoadedKernel(compiled.cubin, build.entry, read_symbol_u32(compiled.cubin, "mega_moe_shared_bytes"))
     fused = workspace.fused
+    kernel = fused.load_kernel(block_tokens, DUMP_LINEAR1=1)
     before, fused.kernels = fused.kernels, {block_tokens: kernel}
     try:
         with mock.patch.object(engine_fused, "choose_block_tokens", lambda *_: block_tokens):

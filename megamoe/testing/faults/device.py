@@ -9,13 +9,11 @@ from typing import NamedTuple
 import torch
 
 from megamoe import EPConfig, MegaMoEError, MoEConfig, MoELayer, Workspace
-from megamoe.builds import kernel_build
 from megamoe.layout import FAULT_POINTS
 from megamoe.steps import moe_layer
 from megamoe.testing.compare import verdict_ranks
 from megamoe.testing.data import make_case
 from megamoe.testing.faults import table
-from megamoe_cuda.compile import compile_kernel
 
 KINDS = ("none", "delay", "drop", "corrupt")
 CONFIG = MoEConfig(hidden=512, intermediate=512, num_experts=12, topk=4)
@@ -61,23 +59,10 @@ class FaultyLayer:
         w = self.case.weights
         names = ("linear1", "linear2", "linear1_sf", "linear2_sf")
         self.layer.load_weights(*([getattr(rank, name) for rank in w] for name in names))
-        self.kernels = self._build_kernels()
+        fused = self.workspace.fused
+        self.kernels = fused.kernels = {block: fused.load_kernel(block, FAULTS=1) for block in fused.kernels}
         self.outs = [torch.empty(i.x.shape, dtype=torch.bfloat16, device="cuda") for i in self.case.inputs]
         self.expected = moe_layer(CONFIG, _local(), w, self.case.inputs)
-
-    def _build_kernels(self) -> dict:
-        from megamoe_cuda.launch import LoadedKernel, read_symbol_u32
-
-        fused, built = self.workspace.fused, {}
-        for block in fused.kernels:
-            build = kernel_build(block)
-            cubin = compile_kernel(build.source, build.entry, build.defines | {"FAULTS": 1}).cubin
-            built[block] = LoadedKernel(cubin, build.entry, read_symbol_u32(cubin, "mega_moe_shared_bytes"))
-            if fused.debug:
-                sizes = [region.bytes for region in fused.regions]
-                built[block].write_symbol("mega_moe_region_bytes", struct.pack(f"<{len(sizes)}Q", *sizes))
-        fused.kernels = built
-        return built
 
     def misbehave(self, kind: str, point: str, argument: int) -> None:
         if kind == "delay":

@@ -142,6 +142,18 @@ def dies(where: str):
     return body
 
 
+def closes_early(rank: int) -> Said:
+    """Rank 1 gives its arena back while rank 0 calls; its close() must not take the memory from under the call."""
+    workspace = open_workspace(group())
+    layer = make_layer(workspace, rank)
+    call(layer, rank)
+    if rank == FAULTY:
+        _, error, seconds = timed(workspace.close, MegaMoEError)
+        return Said(words(error), seconds)
+    _, error, seconds = timed(lambda: call(layer, rank), MegaMoEError)
+    return Said(words(error), seconds, "" if layer.out.isnan().all() else "a failed call left numbers in its output")
+
+
 GONE = "no routing table from rank 1"
 FAULTS = (
     Fault("two GPUs: a rank comes late, within the deadline", "dispatch", in_a_call(late(DEADLINE_S / 2)),
@@ -157,6 +169,8 @@ FAULTS = (
           "[Oo]ut of memory|allocating symmetric memory", 30.0, num_ranks=RANKS),
     Fault("two GPUs: a rank comes late to the workspace", "workspace", at_workspace,
           "rank 0 waited 3.0 s at workspace for rank 1", "rank 0", DEADLINE_S, num_ranks=RANKS),
+    Fault("two GPUs: a rank closes its workspace early", "dispatch", closes_early,
+          GONE, "rank 1 waited 3.0 s at arena for rank 0", DEADLINE_S, True, RANKS),
     Fault("two GPUs: a rank dies before a call", "dispatch", dies("before"), GONE, None, DEADLINE_S, True, RANKS),
     Fault("two GPUs: a rank dies during a call", "combine", dies("during"), ANYTHING, None, DEADLINE_S, True, RANKS),
     Fault("two GPUs: a rank dies after a call", "dispatch", dies("after"), GONE, None, DEADLINE_S, True, RANKS),
