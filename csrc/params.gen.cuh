@@ -20,7 +20,7 @@ constexpr u32 kImageCopyBytes = 32784;
 constexpr u32 kTraceRecords = 2048;
 constexpr u32 kNumTraceRoles = 7;
 constexpr u32 kImagePitchBytes = 32896;
-constexpr u32 kNumRegions = 19;
+constexpr u32 kNumRegions = 21;
 
 enum Role : u32 {
     kRole_none,
@@ -105,6 +105,8 @@ enum Region : u32 {
     kRegion_block_done,
     kRegion_range_count,
     kRegion_row_list,
+    kRegion_x_image_ready,
+    kRegion_x_image,
     kRegion_h,
 };
 
@@ -161,6 +163,8 @@ struct KernelParams {
     u64 off_block_done;
     u64 off_range_count;
     u64 off_row_list;
+    u64 off_x_image_ready;
+    u64 off_x_image;
     u64 off_h;
     u64 recv_x_pitch;
     u64 recv_x_sf_pitch;
@@ -204,29 +208,31 @@ static_assert(MOE_OFFSETOF(KernelParams, off_h_ready) == 1200);
 static_assert(MOE_OFFSETOF(KernelParams, off_block_done) == 1208);
 static_assert(MOE_OFFSETOF(KernelParams, off_range_count) == 1216);
 static_assert(MOE_OFFSETOF(KernelParams, off_row_list) == 1224);
-static_assert(MOE_OFFSETOF(KernelParams, off_h) == 1232);
-static_assert(MOE_OFFSETOF(KernelParams, recv_x_pitch) == 1240);
-static_assert(MOE_OFFSETOF(KernelParams, recv_x_sf_pitch) == 1248);
-static_assert(MOE_OFFSETOF(KernelParams, head_pitch) == 1256);
-static_assert(MOE_OFFSETOF(KernelParams, arrive_deadline_ns) == 1264);
-static_assert(MOE_OFFSETOF(KernelParams, step_deadline_ns) == 1272);
-static_assert(MOE_OFFSETOF(KernelParams, ep_size) == 1280);
-static_assert(MOE_OFFSETOF(KernelParams, ctas_per_rank) == 1284);
-static_assert(MOE_OFFSETOF(KernelParams, hidden) == 1288);
-static_assert(MOE_OFFSETOF(KernelParams, intermediate) == 1292);
-static_assert(MOE_OFFSETOF(KernelParams, num_local_experts) == 1296);
-static_assert(MOE_OFFSETOF(KernelParams, topk) == 1300);
-static_assert(MOE_OFFSETOF(KernelParams, capacity) == 1304);
-static_assert(MOE_OFFSETOF(KernelParams, slices) == 1308);
-static_assert(MOE_OFFSETOF(KernelParams, order_group) == 1312);
-static_assert(MOE_OFFSETOF(KernelParams, order_lag) == 1316);
-static_assert(MOE_OFFSETOF(KernelParams, combine_columns) == 1320);
-static_assert(MOE_OFFSETOF(KernelParams, combine_chunks) == 1324);
-static_assert(MOE_OFFSETOF(KernelParams, x_is_fp8) == 1328);
-static_assert(MOE_OFFSETOF(KernelParams, idx_is_int64) == 1332);
-static_assert(MOE_OFFSETOF(KernelParams, weights_are_bf16) == 1336);
-static_assert(MOE_OFFSETOF(KernelParams, swiglu_limit) == 1340);
-static_assert(sizeof(KernelParams) == 1344);
+static_assert(MOE_OFFSETOF(KernelParams, off_x_image_ready) == 1232);
+static_assert(MOE_OFFSETOF(KernelParams, off_x_image) == 1240);
+static_assert(MOE_OFFSETOF(KernelParams, off_h) == 1248);
+static_assert(MOE_OFFSETOF(KernelParams, recv_x_pitch) == 1256);
+static_assert(MOE_OFFSETOF(KernelParams, recv_x_sf_pitch) == 1264);
+static_assert(MOE_OFFSETOF(KernelParams, head_pitch) == 1272);
+static_assert(MOE_OFFSETOF(KernelParams, arrive_deadline_ns) == 1280);
+static_assert(MOE_OFFSETOF(KernelParams, step_deadline_ns) == 1288);
+static_assert(MOE_OFFSETOF(KernelParams, ep_size) == 1296);
+static_assert(MOE_OFFSETOF(KernelParams, ctas_per_rank) == 1300);
+static_assert(MOE_OFFSETOF(KernelParams, hidden) == 1304);
+static_assert(MOE_OFFSETOF(KernelParams, intermediate) == 1308);
+static_assert(MOE_OFFSETOF(KernelParams, num_local_experts) == 1312);
+static_assert(MOE_OFFSETOF(KernelParams, topk) == 1316);
+static_assert(MOE_OFFSETOF(KernelParams, capacity) == 1320);
+static_assert(MOE_OFFSETOF(KernelParams, slices) == 1324);
+static_assert(MOE_OFFSETOF(KernelParams, order_group) == 1328);
+static_assert(MOE_OFFSETOF(KernelParams, order_lag) == 1332);
+static_assert(MOE_OFFSETOF(KernelParams, combine_columns) == 1336);
+static_assert(MOE_OFFSETOF(KernelParams, combine_chunks) == 1340);
+static_assert(MOE_OFFSETOF(KernelParams, x_is_fp8) == 1344);
+static_assert(MOE_OFFSETOF(KernelParams, idx_is_int64) == 1348);
+static_assert(MOE_OFFSETOF(KernelParams, weights_are_bf16) == 1352);
+static_assert(MOE_OFFSETOF(KernelParams, swiglu_limit) == 1356);
+static_assert(sizeof(KernelParams) == 1360);
 
 struct KernelStatus {
     u32 code;

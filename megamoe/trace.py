@@ -228,7 +228,7 @@ def trace_call(config, num_tokens: int, virtual_ranks: int, prequantized: bool) 
     import torch
 
     from megamoe import EPConfig, MoELayer, Workspace
-    from megamoe.engine_fused import choose_block_tokens
+    from megamoe.plan.tiles import choose_block_tokens
     from megamoe.testing.data import make_input, make_weights
 
     ep_config = EPConfig(num_tokens, virtual_ranks=virtual_ranks)

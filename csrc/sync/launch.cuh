@@ -110,6 +110,13 @@ struct Launch {
     MOE_DEVICE u32* block_done(u32 m_block) const {
         return MOE_REGION(block_done, 0, 4, local<u32>(p.off_block_done) + m_block);
     }
+    MOE_DEVICE u32* x_image_ready(u32 row) const {
+        return MOE_REGION(x_image_ready, 0, 4, local<u32>(p.off_x_image_ready) + row);
+    }
+    MOE_DEVICE u8* x_image(u32 m_block, u32 k_block, u32 image_bytes) const {
+        return MOE_REGION(x_image, 0, image_bytes,
+                          local<u8>(p.off_x_image) + (u64(m_block) * (p.hidden / kKBlock) + k_block) * image_bytes);
+    }
     MOE_DEVICE u8* h_image(u32 m_block, u32 k_block, u32 image_bytes) const {
         return MOE_REGION(h, 0, image_bytes,
                           local<u8>(p.off_h) + (u64(m_block) * (p.intermediate / kKBlock) + k_block) * image_bytes);

@@ -55,7 +55,8 @@ u32 pair_tickets(const u32* rows, u32 experts, u32 n1, u32 n2, u32 group, u32 la
     const u32 tickets = num_tickets(launch, s);
     for (u32 ticket = 0; ticket < min_u32(tickets, room); ++ticket)
         for (launch.cta = 0; launch.cta < 2; ++launch.cta) {
-            const TileSlot t = tile_of_ticket(launch, s, ticket);
+            TileSlot t;
+            tile_of_ticket(launch, s, ticket, t);
             const u32 words[] = {t.kind, t.expert, t.m_block, t.n_block, t.row_begin, t.row_count, t.shares_weights};
             for (u32 word : words) *out++ = word;
         }

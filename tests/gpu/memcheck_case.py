@@ -30,7 +30,7 @@ def main() -> int:
     import torch
 
     from megamoe import EPConfig, MoEConfig, MoELayer, Workspace, layout
-    from megamoe.engine_fused import choose_block_tokens
+    from megamoe.plan.tiles import choose_block_tokens
     from megamoe.testing.data import make_case
     from tests.gpu import oracle
 
