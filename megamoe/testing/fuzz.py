@@ -61,7 +61,7 @@ def sequences(draw, device: str) -> Sequence:
     widths = st.sampled_from(range(128, 2049 if on_gpu else 385, 128))
     configs = draw(st.lists(
         st.builds(MoEConfig, widths, widths,
-                  st.integers(1, 40 if on_gpu else 4).map(lambda local: local * ep_size),
+                  st.integers(1, 16 if on_gpu else 4).map(lambda local: local * ep_size),
                   st.integers(1, 16), st.just("fp8"), st.sampled_from((None, 0.5, 7.0))),
         min_size=1, max_size=2, unique=True))  # fmt: skip
     capacity = draw(st.integers(1, 300 if on_gpu else 12))

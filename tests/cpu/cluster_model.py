@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from tests.cpu.protocol_model import Deadlock, Violation
 
 TILE_SLOTS, TICKET_SLOTS = 4, 8
-HALF, TOKENS_WARPS, MATH_GROUPS = 1, 2, 2
+HALF, TOKENS_WARPS, MATH_GROUPS = 1, 2, 2  # of the tokens warps one loads images, one names the tile's rows
 
 
 @dataclass
@@ -54,20 +54,23 @@ class Mistakes:
     ticket_slots: int = TICKET_SLOTS
     math_releases_early: bool = False
     store_skips_staging: bool = False
+    names_not_waited_for: bool = False
 
 
 class Cta:
     def __init__(self, stages: int):
         self.weights_full = [Barrier(1) for _ in range(stages)]
-        self.tokens_full = [Barrier(TOKENS_WARPS) for _ in range(stages)]
+        self.tokens_full = [Barrier(1) for _ in range(stages)]
         self.stage_empty = [Barrier(MATH_GROUPS * 2) for _ in range(stages)]
         self.tile_full = [Barrier(1) for _ in range(TILE_SLOTS)]
         self.tile_empty = [Barrier(MATH_GROUPS + TOKENS_WARPS + 1) for _ in range(TILE_SLOTS)]
+        self.names_full = [Barrier(1) for _ in range(TILE_SLOTS)]
         self.staging_full = [Barrier(1) for _ in range(MATH_GROUPS)]
         self.staging_empty = [Barrier(1) for _ in range(MATH_GROUPS)]
         self.ticket_full = [Barrier(1) for _ in range(TICKET_SLOTS)]
         self.weights = [[None, None] for _ in range(stages)]  # two halves of an image: (tile, k)
-        self.tokens = [[None] * TOKENS_WARPS for _ in range(stages)]
+        self.tokens: list = [None] * stages
+        self.names: list = [None] * TILE_SLOTS
         self.tiles: list = [None] * TILE_SLOTS  # (number, ticket or None for the end)
         self.staging: list = [None] * MATH_GROUPS
         self.partner_ticket: list = [None] * TICKET_SLOTS
@@ -90,7 +93,7 @@ class PairModel:
         for p, pair in enumerate(self.pairs):
             for c in range(2):
                 self.roles += [self.weights(p, c), self.store(pair[c])]
-                self.roles += [self.load_tokens(pair[c], warp) for warp in range(TOKENS_WARPS)]
+                self.roles += [self.load_images(pair[c]), self.name_rows(pair[c])]
                 self.roles += [self.math(pair, c, group) for group in range(MATH_GROUPS)]
         self.waiting = [[role, None] for role in self.roles]
 
@@ -150,7 +153,7 @@ class PairModel:
                 return
             yield "tile", slot, ticket
 
-    def load_tokens(self, cta: Cta, warp: int):
+    def load_images(self, cta: Cta):
         position = 0
         for step in self.tiles(cta):
             if not isinstance(step, tuple):
@@ -161,10 +164,25 @@ class PairModel:
                 slot, _, parity = self.ring[position]
                 position += 1
                 yield lambda slot=slot, parity=parity: cta.stage_empty[slot].passed(parity)
-                cta.tokens[slot][warp] = (ticket, k)
+                cta.tokens[slot] = (ticket, k)
                 yield
                 cta.tokens_full[slot].arrive()
             cta.tile_empty[tile_slot].arrive()
+
+    def name_rows(self, cta: Cta):
+        for step in self.tiles(cta):
+            if not isinstance(step, tuple):
+                yield step
+                continue
+            _, tile_slot, ticket = step
+            cta.names[tile_slot] = ticket
+            yield
+            cta.names_full[tile_slot].arrive()
+            cta.tile_empty[tile_slot].arrive()
+
+    def check_names(self, cta: Cta, tile_slot: int, ticket: int) -> None:
+        if cta.names[tile_slot] != ticket:
+            raise Violation(f"the names are of tile {cta.names[tile_slot]}, their reader is at {ticket}")
 
     def math(self, pair: list[Cta], c: int, group: int):
         cta, position, number = pair[c], 0, 0
@@ -182,13 +200,17 @@ class PairModel:
                     self.release(pair, c, slot)
                     yield
                 for moment in range(2):  # read from begin to end: nothing may change meanwhile
-                    held = [*cta.weights[slot], *cta.tokens[slot]]
+                    held = [*cta.weights[slot], cta.tokens[slot]]
                     if any(what != (ticket, k) for what in held):
                         raise Violation(f"stage {slot} holds {held}, math is at {(ticket, k)}")
                     if moment == 0:
                         yield
                 if not self.mistakes.math_releases_early:
                     self.release(pair, c, slot)
+            if not self.mistakes.names_not_waited_for:
+                parity = number // TILE_SLOTS & 1
+                yield lambda at=tile_slot, parity=parity: cta.names_full[at].passed(parity)
+            self.check_names(cta, tile_slot, ticket)
             if not self.mistakes.store_skips_staging:
                 parity = (number & 1) ^ 1
                 yield lambda parity=parity: cta.staging_empty[group].passed(parity)
@@ -212,6 +234,7 @@ class PairModel:
             _, tile_slot, ticket = step
             for group in range(MATH_GROUPS):
                 yield lambda group=group, parity=parity: cta.staging_full[group].passed(parity)
+                self.check_names(cta, tile_slot, ticket)
                 if cta.staging[group] != ticket:
                     raise Violation(f"staging holds tile {cta.staging[group]}, store is at {ticket}")
                 yield

@@ -95,9 +95,9 @@ def test_no_slot_is_read_early_or_overwritten_and_nobody_waits_for_ever(library)
 
 @pytest.mark.parametrize("mistakes", [
     Mistakes(release_to_own_only=True), Mistakes(ticket_slots=1), Mistakes(math_releases_early=True),
-    Mistakes(store_skips_staging=True),
+    Mistakes(store_skips_staging=True), Mistakes(names_not_waited_for=True),
 ], ids=["stages not released to the partner", "one ticket slot", "stages released before they are read",
-        "staging not waited for"])  # fmt: skip
+        "staging not waited for", "names not waited for"])  # fmt: skip
 def test_the_model_finds_what_is_wrong(library, mistakes):
     found = 0
     for seed in SEEDS:

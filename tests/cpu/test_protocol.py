@@ -48,8 +48,10 @@ def test_it_holds_when_one_role_after_the_other_starves(order):
         (Protocol(flags_hold_epoch=False), (Violation, Deadlock)),
         (Protocol(reverse_tiles=True), (Deadlock,)),
         (Protocol(flag_after_first_tile=True), (Violation,)),
+        (Protocol(image_before_row=True), (Violation,)),
     ],
-    ids=["one head bank", "flags without the launch's number", "linear2 before linear1", "rows announced too early"],
+    ids=["one head bank", "flags without the launch's number", "linear2 before linear1", "rows announced too early",
+         "rows copied before they are there"],
 )
 def test_the_model_finds_what_is_wrong(order, protocol, failures):
     found = 0
