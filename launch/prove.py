@@ -125,8 +125,8 @@ def main() -> int:
         sizes = ["--virtual-ranks", "2", "--experts", "64", "--tokens", str(tokens)]
 
         def keep(output: str, name=name) -> dict:
-            (folder / f"{name}.json").write_text(output[output.index("{") :])
-            return {}
+            (folder / f"{name}.json").write_text(output[output.index("{") : output.rindex("}") + 1] + "\n")
+            return {"picture": (folder / f"{name}.png").exists()}
 
         cuda(name, "-m", "megamoe", "trace", *sizes, *out, check=keep)
     steps.run("soak, two GPUs", ranks_of_two(*soak, str(folder / "soak-ranks.json")), missing=no_pair)

@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(*names, type=int, default=default, help=f"default {default}")
     parser.add_argument("--bf16", action="store_true", help="bf16 input; default: prequantized")
     parser.add_argument("--out", default="megamoe.trace.json", metavar="FILE", help="default %(default)s")
-    parser.add_argument("--png", metavar="FILE", help="also draw it (needs matplotlib)")
+    parser.add_argument("--png", metavar="FILE", help="also draw it; without matplotlib, keep what a picture needs")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     given = parser.parse_args(argv)
 
@@ -315,9 +315,9 @@ def main(argv: list[str] | None = None) -> int:
     with open(given.out, "w", encoding="utf-8") as file:
         json.dump(chrome_trace(all_spans, words), file)
     if given.png:
-        from megamoe.trace_picture import draw
+        from megamoe.trace_picture import picture
 
-        draw(all_spans, words, given.png)
+        print(f"wrote {picture(all_spans, words, given.png)}", file=sys.stderr)
     if given.json:
         print(json.dumps({"case": words, "file": given.out} | found))
     else:

@@ -1,11 +1,15 @@
-"""A picture of one traced call: time from left to right, a line a role of some CTAs of each rank. Needs matplotlib."""
+"""A picture of one traced call: time from left to right, a line a role of some CTAs of each rank. Needs matplotlib; if
+it is missing, `python -m megamoe.trace_picture FILE.json FILE.png` draws what `trace --png` kept, elsewhere."""
 
+import importlib.util
+import json
+import sys
 import textwrap
 from collections import defaultdict
 from pathlib import Path
 
 from megamoe.layout import TRACE_ROLES
-from megamoe.trace import EXPOSED, Span
+from megamoe.trace import EXPOSED, Record, Span, chrome_trace
 
 CTAS = 6  # of each rank, evenly picked
 WORK = {"tensor": "tab:blue", "epilogue": "tab:orange", "rows": "tab:green", "weights": "tab:purple",
@@ -24,8 +28,43 @@ def kind_of(span: Span) -> str | None:
     return by_end.get((span.role, span.end.event))
 
 
+def pick(spans: list[Span]) -> list[Span]:
+    """Those of CTAS CTAs of each rank."""
+    ctas = defaultdict(set)
+    for span in spans:
+        ctas[span.rank].add(span.cta)
+    kept = {(rank, sorted(some)[i * len(some) // min(CTAS, len(some))])
+            for rank, some in ctas.items() for i in range(min(CTAS, len(some)))}  # fmt: skip
+    return [span for span in spans if (span.rank, span.cta) in kept]
+
+
+def picture(spans: list[Span], title: str, path: str | Path) -> Path:
+    """Draws to `path`, or without matplotlib keeps beside it, as JSON, what draw_kept needs. -> the file written."""
+    if importlib.util.find_spec("matplotlib"):
+        draw(pick(spans), title, path)
+        return Path(path)
+    kept = Path(path).with_suffix(".picture.json")
+    kept.write_text(json.dumps(chrome_trace(pick(spans), title)))
+    return kept
+
+
+def draw_kept(source: str | Path, path: str | Path) -> None:
+    """source: a Chrome trace of trace.chrome_trace, of few CTAs."""
+    trace, spans, title = json.loads(Path(source).read_text()), [], ""
+    for event in trace["traceEvents"]:
+        if event["name"] == "process_labels":
+            title = event["args"]["labels"]
+        if event["ph"] == "X":
+            cta, role = divmod(event["tid"], len(TRACE_ROLES))
+            first, _, last = event["name"].partition(" > ")
+            begin = round(event["ts"] * 1000)
+            end = Record(begin + round(event["dur"] * 1000), last, event["args"]["tile"])
+            spans.append(Span(event["pid"], cta, TRACE_ROLES[role], Record(begin, first, 0), end))
+    draw(spans, title, path)
+
+
 def draw(spans: list[Span], title: str, path: str | Path) -> None:
-    """PNG, or what the path's suffix says. ValueError without a span."""
+    """PNG, or what the path's suffix says; all CTAs given. ValueError without a span."""
     if not spans:
         raise ValueError("spans is empty: nothing was traced")
     import matplotlib
@@ -35,11 +74,7 @@ def draw(spans: list[Span], title: str, path: str | Path) -> None:
     from matplotlib.patches import Patch
 
     zero = min(span.begin.ns for span in spans)
-    ctas = defaultdict(set)
-    for span in spans:
-        ctas[span.rank].add(span.cta)
-    picked = [(rank, sorted(of_rank)[i * len(of_rank) // min(CTAS, len(of_rank))])
-              for rank, of_rank in sorted(ctas.items()) for i in range(min(CTAS, len(of_rank)))]  # fmt: skip
+    picked = sorted({(span.rank, span.cta) for span in spans})
     lines = [(rank, cta, role) for rank, cta in picked for role in TRACE_ROLES]
     at = {line: i for i, line in enumerate(lines)}
     figure, axes = pyplot.subplots(figsize=(14, 1.5 + 0.13 * len(lines)))
@@ -61,3 +96,7 @@ def draw(spans: list[Span], title: str, path: str | Path) -> None:
     axes.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=len(legend), fontsize=8)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    draw_kept(*sys.argv[1:3])

@@ -38,5 +38,31 @@ def test_a_picture_is_drawn(tmp_path):
     path = tmp_path / "call.png"
     trace_picture.draw(trace.spans(0, lists()) + trace.spans(1, lists()), "two ranks " * 30, path)
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+    assert not list(tmp_path.glob("*.json"))
     with pytest.raises(ValueError, match="nothing was traced"):
         trace_picture.draw([], "", path)
+
+
+def test_without_matplotlib_the_picture_can_be_drawn_elsewhere(tmp_path, monkeypatch):
+    spans = trace.spans(0, lists()) + trace.spans(1, lists())
+    monkeypatch.setattr(trace_picture.importlib.util, "find_spec", lambda name: None)
+    kept = trace_picture.picture(spans, "a title", tmp_path / "call.png")
+    assert kept.name == "call.picture.json" and not (tmp_path / "call.png").exists()
+    drawn = []
+    monkeypatch.setattr(trace_picture, "draw", lambda *given: drawn.append(given))
+    trace_picture.draw_kept(kept, tmp_path / "call.png")
+    found, title, _ = drawn[0]
+    assert title == "a title"
+
+    def facts(some):
+        zero = min(span.begin.ns for span in some)
+        return sorted((s.rank, s.cta, s.role, s.name, s.begin.ns - zero, s.end.ns - zero, s.end.tile) for s in some)
+
+    assert facts(found) == facts(spans)
+
+
+def test_a_few_ctas_of_each_rank_are_picked():
+    one = trace.spans(0, lists())
+    many = [span._replace(cta=cta, rank=rank) for rank in range(2) for cta in range(132) for span in one]
+    kept = {(span.rank, span.cta) for span in trace_picture.pick(many)}
+    assert len(kept) == 2 * trace_picture.CTAS and (1, 110) in kept
