@@ -20,6 +20,7 @@ constexpr u32 kImageCopyBytes = 32784;
 constexpr u32 kTraceRecords = 2048;
 constexpr u32 kNumTraceRoles = 7;
 constexpr u32 kImagePitchBytes = 32896;
+constexpr u32 kNumRegions = 21;
 
 enum Role : u32 {
     kRole_none,
@@ -47,6 +48,7 @@ enum Code : u32 {
     kCode_timeout,
     kCode_expert_out_of_range,
     kCode_aborted_by_peer,
+    kCode_out_of_bounds,
 };
 
 enum Trace : u32 {
@@ -73,6 +75,39 @@ enum Event : u32 {
     kEvent_stored,
     kEvent_combined,
     kEvent_end,
+};
+
+enum Fault : u32 {
+    kFault_routing,
+    kFault_count,
+    kFault_head,
+    kFault_rows,
+    kFault_h,
+    kFault_combine,
+};
+
+enum Region : u32 {
+    kRegion_abort,
+    kRegion_head_ready,
+    kRegion_head_num_tokens,
+    kRegion_x_ready,
+    kRegion_combine_ready,
+    kRegion_head_idx,
+    kRegion_head_weights,
+    kRegion_recv_x,
+    kRegion_recv_x_sf,
+    kRegion_combine_y,
+    kRegion_control,
+    kRegion_record,
+    kRegion_range_ready,
+    kRegion_list_ready,
+    kRegion_h_ready,
+    kRegion_block_done,
+    kRegion_range_count,
+    kRegion_row_list,
+    kRegion_x_image_ready,
+    kRegion_x_image,
+    kRegion_h,
 };
 
 struct RankParams {

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from megamoe.config import MoEConfig
+from megamoe.errors import MegaMoEError
 from megamoe.steps import ExpertWeights, RankInput, moe_layer
 
 
@@ -12,6 +13,8 @@ class TorchEngine:
     def __init__(self, config: MoEConfig, workspace):
         self.config = config
         self.exchange = workspace.exchange
+        self.number, workspace.num_layers = workspace.num_layers, workspace.num_layers + 1
+        self.wait_s = 0.0
         self.weights: list[ExpertWeights] | None = None
 
     def load_weights(self, weights: list[ExpertWeights]) -> None:
@@ -25,8 +28,19 @@ class TorchEngine:
                     target.copy_(source)
 
     def forward(self, inputs: list[RankInput], num_tokens_bound: int, outs: list[Tensor | None]) -> list[Tensor]:
-        """num_tokens_bound chooses nothing here: the torch exchange sends exact counts."""
-        results = moe_layer(self.config, self.exchange, self.weights, inputs)
+        """num_tokens_bound chooses nothing here: the torch exchange sends exact counts. A failed call fills outs with
+        NaN."""
+        waited = self.exchange.wait_s
+        self.exchange.start_call(self.number)
+        try:
+            results = moe_layer(self.config, self.exchange, self.weights, inputs)
+        except MegaMoEError:
+            for out in outs:
+                if out is not None:
+                    out.fill_(float("nan"))
+            raise
+        finally:
+            self.wait_s += self.exchange.wait_s - waited
         return [y if out is None else out.copy_(y) for y, out in zip(results, outs, strict=True)]
 
     def check(self) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from megamoe import layer_checks as checks
 from megamoe.config import MoEConfig
 from megamoe.errors import MegaMoEError
+from megamoe.stats import Stats
 from megamoe.steps import RankInput
 from megamoe.workspace import Workspace
 
@@ -37,6 +38,7 @@ class MoELayer(nn.Module):
         self.workspace = workspace
         self._dtype: torch.dtype | None = None  # bf16 format: of weights and hidden_states, known from load_weights on
         self._loaded = False
+        self._calls = self._failed = self._tokens = self._input_bytes = self._output_bytes = 0
         if workspace.is_cuda:
             from megamoe.engine_fused import FusedEngine  # only here: the CPU path must not need CUDA packages
 
@@ -138,8 +140,14 @@ class MoELayer(nn.Module):
         try:
             results = self._engine.forward(inputs, bound, outs)
         except MegaMoEError as error:
+            self._failed += 1
             workspace.poison(error)
             raise
+        self._calls += 1
+        for rank_input, y in zip(inputs, results, strict=True):
+            self._tokens += y.shape[0]
+            self._input_bytes += rank_input.x.nbytes
+            self._output_bytes += y.nbytes
         return results if workspace.ep_config.virtual_ranks is not None else results[0]
 
     def check(self) -> None:
@@ -150,6 +158,12 @@ class MoELayer(nn.Module):
             self.workspace.poison(error)
             raise
         self.workspace.check_open()
+
+    def stats(self) -> Stats:
+        """Live counters of this layer; `stats().prometheus()` is their text. Never waits."""
+        error = self.workspace.poisoned
+        return Stats(self._calls, self._failed, self._tokens, self._input_bytes, self._output_bytes,
+                     self._engine.wait_s, None if error is None else str(error))  # fmt: skip
 
     def close(self) -> None:
         """Drop the weights and what the engine holds. The workspace stays open. Twice is harmless."""

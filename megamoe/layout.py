@@ -44,7 +44,9 @@ TRACE_EVENTS = (
     "start", "list", "pushed", "tile", "rows_named", "rows_here", "first_stage", "k_loop", "staging",
     "epilogue", "stored", "combined", "end",
 )  # fmt: skip
-CODES = ("ok", "timeout", "expert_out_of_range", "aborted_by_peer")
+CODES = ("ok", "timeout", "expert_out_of_range", "aborted_by_peer", "out_of_bounds")
+# Of test builds (csrc/debug/faults.cuh): what can be published late, wrong or not at all.
+FAULT_POINTS = ("routing", "count", "head", "rows", "h", "combine")
 
 
 @dataclass(frozen=True)
@@ -243,8 +245,9 @@ class Placed:
     meaning: str
 
 
-def place(dims: Dims) -> tuple[list[Placed], int, int]:
-    """Returns the placed regions, the bytes of the symmetric arena and the bytes of the local workspace."""
+def place(dims: Dims, gap: int = 0) -> tuple[list[Placed], int, int]:
+    """Returns the placed regions, the bytes of the symmetric arena and the bytes of the local workspace. gap: bytes
+    left behind each region, a multiple of REGION_ALIGN (canaries of debug builds)."""
     ends = {"symmetric": 0, "local": 0}
     placed = []
     for r in REGIONS:
@@ -252,7 +255,7 @@ def place(dims: Dims) -> tuple[list[Placed], int, int]:
         placed.append(
             Placed(r.name, r.where, r.dtype, r.shape(dims), nbytes, ends[r.where], r.writer, r.reader, r.meaning)
         )
-        ends[r.where] += math.ceil(nbytes / REGION_ALIGN) * REGION_ALIGN
+        ends[r.where] += math.ceil(nbytes / REGION_ALIGN) * REGION_ALIGN + gap
     return placed, ends["symmetric"], ends["local"]
 
 
@@ -325,9 +328,11 @@ def render_header() -> str:
         ("kTraceRecords", TRACE_RECORDS),
         ("kNumTraceRoles", len(TRACE_ROLES)),
         ("kImagePitchBytes", IMAGE_PITCH_BYTES),
+        ("kNumRegions", len(REGIONS)),
     )
     out.append("".join(f"constexpr u32 {name} = {value};\n" for name, value in constants))
-    enums = (("Role", ROLES), ("Step", STEPS), ("Code", CODES), ("Trace", TRACE_ROLES), ("Event", TRACE_EVENTS))
+    enums = (("Role", ROLES), ("Step", STEPS), ("Code", CODES), ("Trace", TRACE_ROLES), ("Event", TRACE_EVENTS),
+             ("Fault", FAULT_POINTS), ("Region", [region.name for region in REGIONS]))  # fmt: skip
     out += [_render_enum(name, words) for name, words in enums]
     out += [_render_struct(s) for s in (RankParams, KernelParams, KernelStatus)]
     out.append("}  // namespace moe\n")

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 
 from megamoe.config import EPConfig, MoEConfig
-from megamoe.errors import MegaMoEError
+from megamoe.errors import MegaMoEError, absent_ranks_named
 from megamoe.exchange import DistExchange, LocalExchange
 from megamoe.support import support
+from megamoe_cuda.gather import gather
 
 
 class Workspace:
@@ -27,7 +28,8 @@ class Workspace:
 
     Construction, reset() and close() are collective. Configurations are compared between ranks here, once: ValueError
     on every rank names the differing field. What one rank cannot do is raised on all ranks, so that none is left
-    waiting.
+    waiting; MegaMoEError names a rank that does not come within ep_config.arrive_deadline_s (a rank that compiles
+    kernels meanwhile is waited for). Layers are made in the same order on every rank.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Workspace:
         self.is_cuda = self.device.type == "cuda"
         self.poisoned: MegaMoEError | None = None
         self.closed = False
+        self.num_layers = 0  # made so far: a layer's number, by which ranks know each other's calls
         self.fused = None
         self.exchange = None
         if group is None and dist.is_available() and dist.is_initialized():
@@ -52,13 +55,15 @@ class Workspace:
         self.group = group
         group_size = dist.get_world_size(group) if group is not None else 1
         self.ep_rank = dist.get_rank(group) if group is not None else 0
-        _compare_ranks(group, group_size, self._facts(), self._problem(group_size))
+        with absent_ranks_named():
+            _compare_ranks(group, group_size, self._facts(), self._problem(group_size), ep_config.arrive_deadline_s)
         self.num_ranks_here = ep_config.virtual_ranks or 1
         self.ep_size = ep_config.virtual_ranks or group_size
         if self.is_cuda:
             from megamoe.engine_fused import FusedWorkspace  # only here: the CPU path must not need CUDA packages
 
-            self.fused = FusedWorkspace(self)
+            with absent_ranks_named():
+                self.fused = FusedWorkspace(self)
         elif group_size > 1:
             self.exchange = DistExchange(group, ep_config.arrive_deadline_s, ep_config.step_deadline_s)
         else:
@@ -82,20 +87,28 @@ class Workspace:
         """
         if self.closed:
             raise MegaMoEError("the workspace is closed; create a new one")
-        if self.fused is not None:
-            self.fused.reset()
-        elif isinstance(self.exchange, DistExchange):
-            self.exchange.reset()
+        with absent_ranks_named():
+            if self.group is not None and self.ep_size > self.num_ranks_here:
+                gather(self.group, "reset", None, self.ep_config.arrive_deadline_s)
+            if self.fused is not None:
+                self.fused.reset()
+            elif isinstance(self.exchange, DistExchange):
+                self.exchange.reset()
         self.poisoned = None
 
     def close(self) -> None:
-        """Give the memory back. Collective on CUDA. Twice is harmless; layers on it must not be called any more."""
+        """Give the memory back. Collective on CUDA. Twice is harmless; layers on it must not be called any more.
+
+        MegaMoEError if a rank does not come: its memory may still be in use, so this process keeps its own until it
+        ends.
+        """
         if self.closed:
             return
         self.closed = True
         if self.fused is not None:
-            self.fused.close()
-            self.fused = None
+            fused, self.fused = self.fused, None
+            with absent_ranks_named():
+                fused.close()
         if isinstance(self.exchange, DistExchange):
             self.exchange.close()
 
@@ -153,11 +166,10 @@ def _device(device: torch.device | str | None) -> torch.device:
     return device
 
 
-def _compare_ranks(group, group_size: int, facts: dict, problem: str | None) -> None:
+def _compare_ranks(group, group_size: int, facts: dict, problem: str | None, deadline_s: float) -> None:
     everyone = [(facts, problem)]
     if group_size > 1:
-        everyone = [None] * group_size
-        dist.all_gather_object(everyone, (facts, problem), group=group)
+        everyone = gather(group, "workspace", (facts, problem), deadline_s)
     for ep_rank, (_, their_problem) in enumerate(everyone):
         if their_problem is not None:
             raise ValueError(their_problem if group_size == 1 else f"rank {ep_rank}: {their_problem}")

@@ -36,6 +36,7 @@ from megamoe.integrations.experts import Experts, find_experts
 from megamoe.integrations.spec import SpecExperts
 from megamoe.layer import MoELayer
 from megamoe.workspace import Workspace
+from megamoe_cuda.gather import gather
 
 IMPLEMENTATION = "megamoe"
 DEFAULT_CAPACITY = 4096
@@ -88,7 +89,7 @@ def enable(
         _check_source(found, source, ep_size, ep_rank)
     except (ValueError, TypeError, OSError) as error:
         problem = error
-    _agree(problem, ep_size, group)
+    _agree(problem, ep_size, group, ep_config.arrive_deadline_s)
     device = next(iter(found.values())).device
 
     with ExitStack() as undo:
@@ -288,11 +289,10 @@ def _placement(group: dist.ProcessGroup | None) -> tuple[int, int]:
     return dist.get_world_size(group), dist.get_rank(group)
 
 
-def _agree(problem: Exception | None, ep_size: int, group: dist.ProcessGroup | None) -> None:
+def _agree(problem: Exception | None, ep_size: int, group: dist.ProcessGroup | None, deadline_s: float) -> None:
     """Refuse on all ranks what one of them refuses: the others would wait for it in the workspace's constructor."""
     if ep_size > 1:
-        texts = [None] * ep_size
-        dist.all_gather_object(texts, None if problem is None else str(problem), group=group)
+        texts = gather(group or dist.group.WORLD, "serve", None if problem is None else str(problem), deadline_s)
         theirs = next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None), None)
         if problem is None and theirs is not None:
             problem = ValueError(theirs)

@@ -29,7 +29,7 @@ MAY_IMPORT = {
 # Where a header of csrc/sched is built by the host's compiler.
 HOST_HEADERS = {"cstdint"}
 # Only what hands out memory as tensors, or speaks to a process group, needs torch there.
-BINDINGS_WITH_TORCH = {"symmetric.py", "nvshmem.py"}
+BINDINGS_WITH_TORCH = {"symmetric.py", "nvshmem.py", "gather.py"}
 
 # One word for one thing: the word to use instead.
 AVOID = {
