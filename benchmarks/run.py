@@ -112,7 +112,7 @@ def run_cases(setup: Setup, plan: Plan, facts: dict, table, outcome: Outcome) ->
         if not cases:
             continue
         # closed on success only: closing is collective, and after an exception the peers may be gone
-        workspace = Workspace([config_of(case) for case in cases], ep_config, device=setup.device)
+        workspace = Workspace([config_of(case) for case in cases], ep_config, group=setup.group, device=setup.device)
         symmetric = plan_memory(
             [config_of(case) for case in cases], ep_config, setup.ep_size, device=setup.device
         ).symmetric_bytes
