@@ -31,12 +31,13 @@ def gather_places(group: dist.ProcessGroup | None, device: torch.device) -> list
 
 
 def place_of(rank: int, device: torch.device) -> Place:
-    """This process's Place. Starts no CUDA context on GPUs other than its own."""
-    host = _host()
-    if device.type != "cuda":
+    """This process's Place; a CUDA device that does not exist has no GPU. Starts no context on GPUs other than its
+    own."""
+    host, count = _host(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mine = device.index if device.index is not None or not count else torch.cuda.current_device()
+    if device.type != "cuda" or mine is None or mine >= count:
         return Place(rank, host, str(device), "", frozenset(), frozenset())
-    mine = torch.cuda.current_device() if device.index is None else device.index
-    uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(count)]
     reached = {uuid for i, uuid in enumerate(uuids) if i == mine or torch.cuda.can_device_access_peer(mine, i)}
     name = f"cuda:{mine} {torch.cuda.get_device_name(mine)}"
     return Place(rank, host, name, uuids[mine], frozenset(uuids), frozenset(reached))
