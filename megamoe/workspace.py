@@ -159,7 +159,7 @@ class Workspace:
             )
         if self.ep_config.num_domains(self.ep_size) > 1 and 1 < group_size < dist.get_world_size():
             return (
-                f"group has {group_size} of the {dist.get_world_size()} ranks; several domains need a group of all, for "
+                f"group has {group_size} of {dist.get_world_size()} ranks; several domains need a group of all, for "
                 "torch makes their subgroups with all: start fewer ranks, or pass group=None"
             )
         for config in self.moe_configs:
