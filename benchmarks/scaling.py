@@ -7,13 +7,15 @@
         one GPU plays 1, 2, 4 and 8 ranks; rows are appended to benchmarks/results/scaling/
     launch/scale.sh 8 --case flash64 --tokens 512 --results
         one start for each number of GPUs: NVSHMEM keeps its ranks for the life of a process
-    python benchmarks/scaling.py --report --plot scaling.png
-        tables and plot of what benchmarks/results/scaling/ holds
+    launch/mpirun.sh 4 benchmarks/scaling.py --sizes 4 --ranks-per-domain 2 --max-domains 1
+        two domains of two ranks, a token's experts in one of them
+    python benchmarks/scaling.py --report --predict --plot scaling.png
+        tables and plot of what benchmarks/results/scaling/ holds, and the planner's prediction for up to 512 ranks
 
 strong: --tokens are those of all ranks together. weak: --tokens are those of each rank.
 --experts held: the model is the same at every size. --experts scaled: experts per rank are, and the largest size has
 the model's. --max-domains M, with --ranks-per-domain: a token's experts lie in at most M domains at every size; without
-it, routing spreads with the ranks.
+it, uniform routing spreads over ever more.
 What is timed and how: benchmarks/timing.py. What is expected: benchmarks/scaling_report.py.
 Exit status: 0 when every output was right, 1 when one was not, 2 for a wrong command line.
 """
@@ -35,7 +37,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import cases as case_list
-from benchmarks import scaling_report
+from benchmarks import prediction, scaling_report
 from benchmarks.implementations import Setup
 from benchmarks.inputs import ROUTINGS, make_tokens
 from benchmarks.record import ScalingRow, machine
@@ -63,6 +65,9 @@ def parser() -> argparse.ArgumentParser:
     add("--experts", default="held", choices=("held", "scaled"), help="with the ranks (default: held)")
     add("--routing", default="uniform", help=f"some of {','.join(ROUTINGS)} (default: uniform)")
     add("--virtual-ranks", type=int, metavar="R", help="this one process plays up to R ranks")
+    add("--ranks-per-domain", type=int, metavar="K", help="as in EPConfig; smaller sizes are one domain (default: all)")
+    add("--domain-tokens", type=int, metavar="N", help="as in EPConfig: rounds of N rows")
+    add("--max-domains", type=int, metavar="M", help="domains a token's experts may lie in (default: any)")
     add("--protocol", default="auto", choices=("auto", *PROTOCOLS), help="as bench.py")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--check-rows", type=int, default=16, metavar="N", help="rows of each rank that are judged (default: 16)")
@@ -71,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     add("--results", type=Path, nargs="?", const=SCALING_DIR, metavar="DIR", help=f"append rows ({SCALING_DIR.name}/)")
     add("--markdown", type=Path, metavar="FILE", help="write the tables")
     add("--plot", type=Path, metavar="FILE.png", help="draw efficiency and time over ranks; needs matplotlib")
+    add("--predict", action="store_true", help="also the planner's prediction for up to 512 ranks")
     add("--report", action="store_true", help="measure nothing: report --results (default: benchmarks/results/scaling)")
     return out
 
@@ -106,6 +112,8 @@ def tokens_at(mode: str, tokens: int, size: int) -> int:
 
 def setup_at(setup: Setup, size: int) -> Setup | None:
     """The first `size` ranks as a setup of their own; None on the others. Collective over all ranks."""
+    if setup.ranks_per_domain is not None and setup.ranks_per_domain >= size:
+        setup = replace(setup, ranks_per_domain=size, domain_tokens=None)
     if setup.virtual_ranks is not None:
         return replace(setup, ep_size=size, ranks_here=tuple(range(size)), virtual_ranks=size)
     if size == setup.ep_size:
@@ -138,15 +146,31 @@ def points(args, setup: Setup, sizes: list[int]) -> tuple[list[tuple], list[dict
     return found, not_run
 
 
-def one_size(setup: Setup) -> list[int] | None:
-    """Sizes that one start can measure on several GPUs; None = any."""
-    on_several = setup.device.type == "cuda" and setup.virtual_ranks is None
-    return [1, setup.ep_size] if on_several else None
+def why_not(setup: Setup, size: int) -> str | None:
+    """Why one start cannot measure this size, or None."""
+    domains, part = setup.ranks_per_domain, 1 < size < setup.ep_size and setup.virtual_ranks is None
+    if domains is not None and size > domains and size % domains:
+        return f"--ranks-per-domain {domains} does not divide {size} ranks"
+    if part and setup.device.type == "cuda":
+        return f"NVSHMEM keeps its {setup.ep_size} ranks for a process's life; launch/scale.sh starts one a size"
+    if part and domains is not None and size > domains:
+        return "several domains need all ranks that were started; launch/scale.sh starts one a size"
+    return None
+
+
+def routing_at(setup: Setup, routing: str, max_domains: int | None) -> str:
+    """The routing's name for make_tokens."""
+    num_domains = setup.ep_size // (setup.ranks_per_domain or setup.ep_size)
+    if max_domains is None or num_domains <= max_domains:
+        return routing
+    return f"{max_domains}of{num_domains}"
 
 
 def measure_point(args, setup: Setup, point: tuple, routing: str, facts: dict, table: Table, outcome: Outcome) -> None:
     """Time and judge one point with this rank taking part; its ScalingRow goes to outcome.rows."""
     mode, base, tokens, size, case, per_rank = point
+    label, routing = routing, routing_at(setup, routing, args.max_domains)
+    per_domain = setup.ranks_per_domain or size
     plan = Plan(
         cases=[case], tokens=[per_rank], routings=[routing], inputs=["prequantized"], baselines=[],
         protocol=args.protocol, capacity="cell", idle_ranks=0, check_rows=args.check_rows, check_only=False,
@@ -156,14 +180,18 @@ def measure_point(args, setup: Setup, point: tuple, routing: str, facts: dict, t
     run_cases(setup, plan, facts, table, inner)
     outcome.not_run += inner.not_run
     for row in inner.rows:
+        fields = {**vars(row), "routing": label}
+        if per_domain < size:  # NVLink's rate says nothing of what lies between domains
+            fields |= {"roofline_us": None, "roofline_bound": None, "roofline_fraction": None}
         everyone = [
             make_tokens(case, rank, per_rank, routing, 0, setup.seed, setup.device).topk_idx for rank in range(size)
         ]
         outcome.add(
             ScalingRow(
-                **vars(row), mode=mode, base_experts=base.num_experts, experts=args.experts, base_tokens=tokens,
-                num_units=setup.num_units, ranks_per_domain=size,
-                copies_between=copies_between(everyone, case.num_experts, size),
+                **fields, mode=mode, base_experts=base.num_experts, experts=args.experts, base_tokens=tokens,
+                num_units=setup.num_units, ranks_per_domain=per_domain, series_per_domain=args.ranks_per_domain,
+                domain_tokens=args.domain_tokens, max_domains=args.max_domains,
+                copies_between=copies_between(everyone, case.num_experts, per_domain),
             )
         )
 
@@ -175,8 +203,11 @@ def run(args) -> tuple[bool, list, Setup]:
         init_process_group(None if args.device != "cpu" and torch.cuda.is_available() else "gloo", timeout_s=3600)
     args.idle_ranks = 0
     setup = bench.make_setup(args)
+    setup = replace(setup, ranks_per_domain=args.ranks_per_domain, domain_tokens=args.domain_tokens)
     sizes = sizes_of(args.sizes, setup.ep_size)
     routings = case_list.parse_choices("--routing", args.routing, ROUTINGS)
+    if args.max_domains is not None and (args.ranks_per_domain is None or routings != ["uniform"]):
+        raise ValueError(f"--max-domains {args.max_domains} needs --ranks-per-domain and uniform routing")
     found, not_run = points(args, setup, sizes)
     facts = machine(setup.device, setup.num_gpus, args.commit)
     table = Table(quiet=not setup.is_first)
@@ -185,12 +216,11 @@ def run(args) -> tuple[bool, list, Setup]:
     table.say(explain(places, domains_of(places)))
     keep = (lambda row: append_result(row, args.results)) if args.results and setup.is_first else None
     outcome = Outcome(keep=keep, not_run=not_run)
-    here = {size: setup_at(setup, size) for size in sizes}
-    allowed = one_size(setup)
+    here = {size: setup_at(setup, size) for size in sizes if not why_not(setup, size)}
     for point in found:
         size = point[3]
-        if allowed is not None and size not in allowed:
-            reason = f"NVSHMEM keeps its {setup.ep_size} ranks for a process's life; launch/scale.sh starts one a size"
+        reason = why_not(setup, size)
+        if reason:
             outcome.not_run.append({"case": f"{point[1].name}, {size} ranks", "impl": "megamoe", "reason": reason})
             continue
         for routing in routings:
@@ -219,6 +249,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if is_first:
         text = scaling_report.markdown(rows)
+        if args.predict:
+            text += "\n" + prediction.markdown(rows)
         print("\n" + text)
         if args.markdown:
             args.markdown.write_text(text)

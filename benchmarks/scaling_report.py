@@ -13,7 +13,7 @@ from pathlib import Path
 
 SERIES = (
     "device", "impl", "mode", "case", "base_experts", "experts", "base_tokens", "routing", "protocol", "virtual",
-    "per_domain",
+    "per_domain", "domain_tokens", "max_domains",
 )  # fmt: skip
 EMPTY = "No scaling results yet: `launch/mpirun.sh 4 benchmarks/scaling.py --results` appends some.\n"
 
@@ -24,11 +24,8 @@ def plain(row) -> dict:
 
 
 def key_of(row: dict) -> tuple:
-    """What the points of one line have in common. per_domain: ranks of a domain, or "one" where all ranks are one."""
-    own = {
-        "virtual": row["virtual_ranks"] is not None,
-        "per_domain": "one" if row["ranks_per_domain"] == row["ep_size"] else row["ranks_per_domain"],
-    }
+    """What the points of one line have in common."""
+    own = {"virtual": row["virtual_ranks"] is not None, "per_domain": row["series_per_domain"]}
     return tuple(own[name] if name in own else row[name] for name in SERIES)
 
 
@@ -70,6 +67,8 @@ def title(row: dict) -> str:
     tokens = f"{row['base_tokens']} tokens " + ("in all" if row["mode"] == "strong" else "a rank")
     experts = f"{row['base_experts']} experts" if row["experts"] == "held" else "experts per rank held"
     domains = "" if row["ranks_per_domain"] == row["ep_size"] else f", domains of {row['ranks_per_domain']}"
+    domains += f", {row['domain_tokens']} rows a round" if domains and row["domain_tokens"] else ""
+    domains += f", at most {row['max_domains']} domains a token" if row["max_domains"] else ""
     return f"{row['mode']}: {row['case']}, {tokens}, {experts}, {row['routing']} routing, {ranks}{domains}"
 
 

@@ -36,9 +36,6 @@ __all__ = [
     "swiglu",
 ]
 
-MATMUL_ROWS = 32
-
-
 class ExpertWeights(NamedTuple):
     """The experts of one rank.
 
@@ -273,25 +270,21 @@ def _grouped_matmul(
                 a = x[begin:end].to(dtype) if x_sf is None else dequantize_rows(x[begin:end], x_sf[begin:end], dtype)
                 b = weight[expert].to(dtype)
                 b = b if weight_sf is None else dequantize_blocks(weight[expert], weight_sf[expert], dtype)
-                _rows_times(a, b, out[begin:end])
+                out[begin:end] = _matmul(a, b.t())
             begin = end
     return out
 
 
-def _rows_times(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b^T. On CPU always MATMUL_ROWS rows at once: torch adds in another order for few rows, and a row's bits
-    shall depend on that row alone, however a batch is cut."""
+# On a CPU the order in which a product sums K depends on the number of rows. In blocks of equal size a row's bits do
+# not depend on the company it keeps, nor on which copy of an expert serves it.
+MATMUL_ROWS = 16
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type != "cpu":
-        out.copy_(a @ b.t())
-        return
-    for begin in range(0, len(a), MATMUL_ROWS):
-        part = a[begin : begin + MATMUL_ROWS]
-        if len(part) == MATMUL_ROWS:
-            torch.mm(part, b.t(), out=out[begin : begin + MATMUL_ROWS])
-        else:
-            padded = a.new_zeros(MATMUL_ROWS, a.shape[1])
-            padded[: len(part)] = part
-            out[begin:] = (padded @ b.t())[: len(part)]
+        return a @ b
+    blocks = torch.nn.functional.pad(a, (0, 0, 0, -len(a) % MATMUL_ROWS)).split(MATMUL_ROWS)
+    return torch.cat([block @ b for block in blocks])[: len(a)]
 
 
 @contextmanager

@@ -65,7 +65,8 @@ class DistTransport:
 
     def rebind(self, across: dist.ProcessGroup, within: dist.ProcessGroup) -> None:
         """Go on with new groups of the same ranks."""
-        self._across.group, self._within.group = across, within
+        renew(self._across, across)
+        renew(self._within, within)
 
     def all_to_all(self, rows: list[Tensor], in_rows: Counts, outs: list[Tensor], out_rows: Counts, step: str) -> None:
         ((row,), (sent,), (out,), (coming,)) = rows, in_rows, outs, out_rows
@@ -97,7 +98,13 @@ class DistTransport:
                 text = f"rows from other domains did not arrive: {error.__cause__}"
             else:
                 text = (
-                    f"domain {peer} did not come within {self._arrive_s} s: no word from its rank of index {self.index}"
+                    f"domain {peer} did not come within {self._arrive_s} s: no word from its rank of index "
+                    f"{self.index} ({error.__cause__})"
                 )
                 peer = peer * self.ranks_per_domain + self.index
             raise MegaMoEError(text, error.record._replace(rank=here, index=peer)) from error
+
+
+def renew(exchange: DistExchange, group: dist.ProcessGroup) -> None:
+    """The same object on a new group: an engine may hold it."""
+    exchange.__init__(group, exchange.arrive_deadline_s, exchange.step_deadline_s)

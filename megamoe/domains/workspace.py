@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megamoe.config import EPConfig, MoEConfig
 from megamoe.domains.rows import row_format
-from megamoe.domains.transport import DistTransport, LocalTransport
+from megamoe.domains.transport import DistTransport, LocalTransport, renew
 from megamoe.errors import MegaMoEError
 
 OVERLAP_MIN_TOKENS = 1024
@@ -190,7 +190,7 @@ class Domains:
             (inner,) = self.inner
             inner.poisoned = None
             if self.ranks_per_domain > 1:
-                inner.exchange.group = within
+                renew(inner.exchange, within)
 
     def close(self) -> None:
         """Collective on CUDA, like Workspace.close."""

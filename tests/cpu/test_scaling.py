@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import scaling, scaling_report
+from benchmarks import prediction, scaling, scaling_report
 from benchmarks.cases import load_cases
+from benchmarks.inputs import make_tokens
 from megamoe.domains.places import Place, check_domains, domains_of, explain
 from megamoe.domains.traffic import bytes_per_token, copies_between, domains_of_tokens, row_bytes
 
@@ -17,7 +20,8 @@ TINY = load_cases()["tiny"]
 def row(size, us, *, tokens, mode="weak", floor=None, **other):
     fields = dict(
         device="CPU x2", impl="megamoe-cpu", mode=mode, case="tiny", base_experts=8, experts="held", base_tokens=16,
-        routing="uniform", protocol="wall", virtual_ranks=None, ranks_per_domain=size, ep_size=size, us=us, ok=True,
+        routing="uniform", protocol="wall", virtual_ranks=None, ranks_per_domain=size,
+        series_per_domain=None, domain_tokens=None, max_domains=None, num_gpus=0, ep_size=size, us=us, ok=True,
         tokens_per_rank=[tokens] * size, num_tokens=tokens, num_units=size, num_experts=8, roofline_us=floor,
         roofline_fraction=None, copies_between=0.0, rel_l2=0.0, commit="c" * 40, dirty=False,
         date="2026-11-22T00:00:00Z", torch="2.13.0",
@@ -134,3 +138,58 @@ def test_copies_between_domains_are_counted_once_a_domain():
     assert copies_between([idx, idx], 8, 1) == 3 / 6
     assert copies_between([idx, idx], 8, 2) == 0.0
     assert row_bytes(256, 3) == 256 + 8 + 24 and bytes_per_token(2.0, 256, 3) == 2 * (288 + 512)
+
+
+def test_routing_within_few_domains_is_held():
+    tokens = make_tokens(replace(TINY, num_experts=16, topk=4), 0, 300, "2of8", 0, 0, "cpu")
+    assert int(domains_of_tokens(tokens.topk_idx, 16, 8).sum(1).max()) == 2
+    with pytest.raises(ValueError, match="such as 2of4"):
+        make_tokens(TINY, 0, 1, "2of", 0, 0, "cpu")
+
+
+def test_domains_of_two_scale_as_a_series(tmp_path, capsys):
+    arguments = ["--virtual-ranks", "4", "--device", "cpu", "--tokens", "3", "--mode", "weak", "--max-domains", "1"]
+    assert scaling.main([*arguments, "--ranks-per-domain", "2", "--results", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("*.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(r["ep_size"], r["ranks_per_domain"], r["routing"]) for r in rows] == [
+        (1, 1, "uniform"), (2, 2, "uniform"), (4, 2, "uniform")
+    ]  # fmt: skip
+    assert [r["copies_between"] for r in rows[:2]] == [0, 0] and 0 < rows[2]["copies_between"] <= 1
+    assert all(r["ok"] for r in rows) and len(scaling_report.series_of(rows)) == 1
+    assert "domains of 2, at most 1 domains a token" in capsys.readouterr().out
+
+
+def test_what_one_start_cannot_measure_is_said():
+    setup = SimpleNamespace(ranks_per_domain=2, ep_size=8, virtual_ranks=None, device=torch.device("cpu"))
+    assert scaling.why_not(setup, 2) is None and scaling.why_not(setup, 8) is None
+    assert "several domains need all ranks" in scaling.why_not(setup, 4)
+    assert "--ranks-per-domain 2 does not divide 3" in scaling.why_not(setup, 3)
+    gpus = SimpleNamespace(ranks_per_domain=None, ep_size=8, virtual_ranks=None, device=torch.device("cuda"))
+    assert scaling.why_not(gpus, 1) is None and "launch/scale.sh" in scaling.why_not(gpus, 4)
+
+
+def test_prediction_counts_copies_bytes_and_cost():
+    small = replace(TINY, num_experts=32, topk=4)
+    one, two = (prediction.predict(small, ranks, 128) for ranks in (8, 16))
+    assert (one.domains, one.copies, one.exchange_us) == (1, 0.0, 0.0)
+    assert (two.domains, two.slots_per_rank) == (2, 2) and 0.8 < two.copies <= 1.0
+    assert two.bytes_between == bytes_per_token(two.copies, small.hidden, small.topk)
+    assert two.exchange_us == pytest.approx(128 * two.bytes_between / 45e9 * 1e6)
+    assert two.layer_us == two.experts_us + two.exchange_us and two.overlapped_us < two.layer_us
+    cost = prediction.cost_model(small, 16 * 128 * 4)
+    mean = cost.row_us * 128 * 4 + cost.expert_us * 2  # 512 rows a rank, both of its experts active
+    assert two.experts_us == pytest.approx(mean / two.balance, rel=1e-3)
+
+
+@pytest.mark.parametrize("ranks", [256, 512])
+def test_prediction_reaches_64_domains_within_the_node_limit(ranks):
+    at = prediction.predict(load_cases()["v3"], ranks, 128)
+    assert at.domains == ranks // 8 and at.most_domains == prediction.MAX_DOMAINS
+    assert 3.0 < at.copies < 4.0 and 0.5 < at.balance <= 1.0
+
+
+def test_measured_points_stand_beside_the_predicted():
+    rows = [row(2, 123.0, tokens=128, case="v3", num_gpus=2), row(2, 9.0, tokens=128, case="v3", num_gpus=0)]
+    assert prediction.measured_us(rows, "v3", 2, 128) == 123.0
+    assert prediction.measured_us(rows, "v3", 4, 128) is None
