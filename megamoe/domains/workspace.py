@@ -219,5 +219,5 @@ def _new_group(ranks: list[int], device: torch.device, timeout: timedelta) -> di
     if device.type != "cuda":
         return dist.new_group(ranks, timeout=timeout, backend="gloo")
     options = dist.ProcessGroupNCCL.Options()
-    options.config.max_ctas = EXCHANGE_SMS
+    options.config.max_ctas, options._timeout = EXCHANGE_SMS, timeout
     return dist.new_group(ranks, timeout=timeout, backend="cpu:gloo,cuda:nccl", pg_options=options)
