@@ -49,22 +49,23 @@ class LocalTransport:
 
 
 class DistTransport:
-    """This process is one rank. across: the process group of the ranks with its index, one a domain, in the order of
-    domains (NCCL for CUDA tensors, gloo for CPU tensors and counts); within: that of its own domain.
+    """This process is one rank. rows, across: process groups of the ranks with its index, one a domain, in the order
+    of domains; within: that of its own domain. CUDA rows go over `rows` (NCCL), CPU rows and counts over the others
+    (gloo).
 
     A peer that does not come: MegaMoEError naming its domain, past the deadlines, for everything that goes through
     gloo. What NCCL carries ends by the group's timeout, through torch's watchdog, which ends the process.
     """
 
-    def __init__(self, across: dist.ProcessGroup, within: dist.ProcessGroup, arrive_s: float, step_s: float):
+    def __init__(self, rows, across: dist.ProcessGroup, within: dist.ProcessGroup, arrive_s: float, step_s: float):
         self.num_domains, self.ranks_per_domain = dist.get_world_size(across), dist.get_world_size(within)
         self.domain, self.index = dist.get_rank(across), dist.get_rank(within)
         self.bytes_sent = 0
-        self._arrive_s = arrive_s
+        self._rows, self._arrive_s = rows, arrive_s
         self._across, self._within = DistExchange(across, arrive_s, step_s), DistExchange(within, arrive_s, step_s)
 
     def rebind(self, across: dist.ProcessGroup, within: dist.ProcessGroup) -> None:
-        """Go on with new groups of the same ranks."""
+        """Go on with new groups of the same ranks for all that gloo carries."""
         renew(self._across, across)
         renew(self._within, within)
 
@@ -72,7 +73,7 @@ class DistTransport:
         ((row,), (sent,), (out,), (coming,)) = rows, in_rows, outs, out_rows
         self.bytes_sent += (sum(sent) - sent[self.domain]) * row[:1].nbytes if len(row) else 0
         if row.device.type == "cuda":
-            dist.all_to_all_single(out, row, coming, sent, group=self._across.group)
+            dist.all_to_all_single(out, row, coming, sent, group=self._rows)
             return
         (received,) = self._named(self._across, [[(block,) for block in row.split(sent)]], step)
         torch.cat([bundle[0] for bundle in received], out=out)

@@ -119,8 +119,12 @@ class Domains:
             within = workspace.group
         else:
             self._timeout = timedelta(seconds=ep_config.arrive_deadline_s + ep_config.step_deadline_s)
-            within, across = self._connect()
-            self.transport = DistTransport(across, within, ep_config.arrive_deadline_s, ep_config.step_deadline_s)
+            within, rows = meet_within, meet_across = self._connect(self.device)
+            if workspace.is_cuda and ep_config.domain_tokens is not None:
+                # A missed deadline breaks gloo's connections: counts get some that nothing else depends on
+                meet_within, meet_across = self._connect(torch.device("cpu"))
+            deadlines = ep_config.arrive_deadline_s, ep_config.step_deadline_s
+            self.transport = DistTransport(rows, meet_across, meet_within, *deadlines)
         num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count if workspace.is_cuda else None
         configs = [domain_config(config, self.num_domains) for config in workspace.moe_configs]
         inner = domain_ep_config(ep_config, self.num_domains, ranks_per_domain, num_sms)
@@ -133,14 +137,14 @@ class Domains:
         self.exchange_stream = torch.cuda.Stream(self.device) if overlap else None
         self._first_exchange()
 
-    def _connect(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    def _connect(self, device: torch.device) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
         """Groups of this rank's domain, and of the ranks with its index. Every rank takes part in making every group,
         in one order: torch names groups by counting, and a name that two ranks count differently never meets."""
         size, mine = self.ranks_per_domain, self.ranks[0]
         everyone = range(size * self.num_domains)
         within, across = None, None
         for ranks in [*_runs(everyone, size), *(everyone[index::size] for index in range(size))]:
-            group = _new_group(list(ranks), self.device, self._timeout)
+            group = _new_group(list(ranks), device, self._timeout)
             if mine in ranks:
                 within, across = (group, across) if within is None else (within, group)
         self._groups += [within, across]
@@ -178,18 +182,16 @@ class Domains:
 
     def reset(self) -> None:
         """Collective over all ranks of all domains. MegaMoEError if one does not come."""
-        if self.virtual or self.device.type == "cuda":
-            for inner in self.inner:
-                inner.reset()
-        else:  # gloo closes its connections at a missed deadline
+        if not self.virtual:  # gloo closes its connections at a missed deadline
             try:
-                within, across = self._connect()
+                within, across = self._connect(torch.device("cpu"))
             except RuntimeError as error:
                 raise MegaMoEError(f"not every rank called reset() within {self._timeout}: {error}") from error
             self.transport.rebind(across, within)
-            (inner,) = self.inner
-            inner.poisoned = None
-            if self.ranks_per_domain > 1:
+        for inner in self.inner:
+            if inner.is_cuda or self.virtual:
+                inner.reset()
+            elif self.ranks_per_domain > 1:
                 renew(inner.exchange, within)
 
     def close(self) -> None:
