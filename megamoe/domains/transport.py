@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamoe.errors import MegaMoEError
+from megamoe.errors import ErrorRecord, MegaMoEError
 from megamoe.exchange import DistExchange
 
 Counts = list[list[int]]
@@ -76,6 +76,14 @@ class DistTransport:
             dist.all_to_all_single(out, row, coming, sent, group=self._rows)
             return
         (received,) = self._named(self._across, [[(block,) for block in row.split(sent)]], step)
+        for domain, (bundle, count) in enumerate(zip(received, coming, strict=True)):
+            if len(bundle[0]) != count:
+                here, peer = (d * self.ranks_per_domain + self.index for d in (self.domain, domain))
+                raise MegaMoEError(
+                    f"domain {domain} sent {len(bundle[0])} rows where {count} were due; give every rank the same "
+                    "num_tokens_bound",
+                    ErrorRecord(here, -1, "exchange", step, peer, len(bundle[0]), count),
+                )
         torch.cat([bundle[0] for bundle in received], out=out)
 
     def meet(self, counts: Counts) -> tuple[Counts, int]:

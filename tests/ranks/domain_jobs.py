@@ -29,10 +29,11 @@ def bits(tensor):
     return tensor.contiguous().view(torch.int16)
 
 
-def serve(layer, case, rank):
+def serve(layer, case, rank, bound=None):
     weights, (x, x_sf, topk_idx, topk_weights, num_tokens) = case.weights[rank], case.inputs[rank]
     layer.load_weights(weights.linear1, weights.linear2, weights.linear1_sf, weights.linear2_sf)
-    return layer(x if x_sf is None else (x, x_sf), topk_idx, topk_weights, num_tokens=num_tokens)
+    x = x if x_sf is None else (x, x_sf)
+    return layer(x, topk_idx, topk_weights, num_tokens=num_tokens, num_tokens_bound=bound)
 
 
 def agrees(layer, case, info, num_domains):
@@ -135,6 +136,18 @@ def refused(info):
     except ValueError as error:
         texts["capacity"] = str(error)
     return texts
+
+
+def bounds_differ(info):
+    """num_tokens_bound is not what the other domain says: told on both sides before a row is served."""
+    with Workspace(SMALL, EPConfig(CAPACITY, ranks_per_domain=2), device="cpu") as workspace:
+        layer, case = MoELayer(SMALL, workspace), make_case(0, SMALL, info.ep_size, 4)
+        try:
+            serve(layer, case, info.ep_rank, bound=4 + info.ep_rank // 2)
+        except MegaMoEError as error:
+            told = str(error)
+        workspace.reset()
+        return {"told": told, "mended": agrees(layer, case, info, 2)}
 
 
 def vanished(info):

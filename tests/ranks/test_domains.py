@@ -31,7 +31,7 @@ def parse(output: str) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def jobs() -> list[dict[str, dict]]:
     """The reports of each rank by job: one start for all, since starting is most of the time."""
-    names = ("equal", "with_redundancy", "refused", "vanished")
+    names = ("equal", "with_redundancy", "refused", "bounds_differ", "vanished")
     results = spawn_ranks([JOBS, *names], 4, timeout_s=240, env={"PYTHONPATH": path_with_root()})
     for result in results:
         assert result.returncode == 0, f"rank {result.ep_rank}:\n{result.output[-4000:]}"
@@ -63,6 +63,13 @@ def test_configurations_that_cannot_be_are_told_to_every_rank(jobs):
         assert texts["differs"].startswith("ep_config.ranks_per_domain differs between ranks: 1 on rank 0, 2 on rank 2")
         assert texts["rounds differ"].startswith("ep_config.domain_tokens differs between ranks: 4 on rank 0, 5 on")
         assert texts["capacity"].startswith("ep_config.num_max_tokens_per_rank differs between ranks: 16 on rank 0, 17")
+
+
+def test_bounds_that_differ_are_told_on_both_sides(jobs):
+    for number, rank in enumerate(jobs):
+        other, due = 1 - number // 2, 4 + number // 2
+        said = f"domain {other} sent {4 + other} rows where {due} were due; give every rank the same num_tokens_bound"
+        assert said in rank["bounds_differ"]["told"] and rank["bounds_differ"]["mended"]
 
 
 def test_a_domain_that_stays_away_is_named_in_time_and_reset_mends(jobs):
