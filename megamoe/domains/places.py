@@ -16,8 +16,8 @@ class Place(NamedTuple):
     host: str
     device: str
     gpu: str
-    seen: frozenset[str]
-    reached: frozenset[str]
+    seen: tuple[str, ...]
+    reached: tuple[str, ...]
 
 
 def gather_places(group: dist.ProcessGroup | None, device: torch.device) -> list[Place]:
@@ -36,11 +36,11 @@ def place_of(rank: int, device: torch.device) -> Place:
     host, count = _host(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     mine = device.index if device.index is not None or not count else torch.cuda.current_device()
     if device.type != "cuda" or mine is None or mine >= count:
-        return Place(rank, host, str(device), "", frozenset(), frozenset())
+        return Place(rank, host, str(device), "", (), ())
     uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(count)]
-    reached = {uuid for i, uuid in enumerate(uuids) if i == mine or torch.cuda.can_device_access_peer(mine, i)}
+    reached = [uuid for i, uuid in enumerate(uuids) if i == mine or torch.cuda.can_device_access_peer(mine, i)]
     name = f"cuda:{mine} {torch.cuda.get_device_name(mine)}"
-    return Place(rank, host, name, uuids[mine], frozenset(uuids), frozenset(reached))
+    return Place(rank, host, name, uuids[mine], tuple(uuids), tuple(reached))
 
 
 def _host() -> str:

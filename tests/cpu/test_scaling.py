@@ -111,11 +111,11 @@ def test_virtual_ranks_write_rows_and_tables(tmp_path, capsys):
 
 
 def gpu(rank, host, mine, seen, reached):
-    return Place(rank, host, f"cuda:{rank}", mine, frozenset(seen), frozenset(reached))
+    return Place(rank, host, f"cuda:{rank}", mine, tuple(seen), tuple(reached))
 
 
 def test_domains_are_hosts_unless_a_gpu_is_out_of_reach():
-    cpu = [Place(rank, "abc"[rank], "cpu", "", frozenset(), frozenset()) for rank in range(3)]
+    cpu = [Place(rank, "abc"[rank], "cpu", "", (), ()) for rank in range(3)]
     assert domains_of(cpu) == [0, 0, 0]
     two_hosts = [gpu(r, "ab"[r // 2], f"g{r}", [f"g{r}"], [f"g{r}"]) for r in range(4)]
     assert domains_of(two_hosts) == [0, 0, 1, 1] and check_domains([0, 0, 1, 1]) == 2
