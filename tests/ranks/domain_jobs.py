@@ -154,7 +154,7 @@ def vanished(info):
     """Domain 1 stays away from a call: the others end at their deadline and name it; reset() mends all."""
     results = {}
     for limit in (None, 4):  # with the exchange itself, and with the counts before it
-        ep_config = EPConfig(CAPACITY, ranks_per_domain=2, domain_tokens=limit, arrive_deadline_s=1.0)
+        ep_config = EPConfig(CAPACITY, ranks_per_domain=2, domain_tokens=limit, arrive_deadline_s=2.0)
         workspace = Workspace(SMALL, ep_config, device="cpu")
         layer = MoELayer(SMALL, workspace)
         case = make_case(0, SMALL, info.ep_size, 4)
@@ -170,7 +170,7 @@ def vanished(info):
             except MegaMoEError as error:
                 told["check"] = str(error)
         else:
-            time.sleep(2.0)
+            time.sleep(2.7)
         workspace.reset()
         results[str(limit)] = {"told": told, "mended": agrees(layer, case, info, 2)}
         workspace.close()
