@@ -97,6 +97,11 @@ class EPConfig:
         close(); kernel compilation does not count. Raise it where ranks load models at different speeds.
     step_deadline_s: seconds any later wait of that call may take.
     num_sms: SMs the kernel may use, all ranks of this process together; None = all. No meaning on CPU.
+    ranks_per_domain: neighbouring ranks that form one NVLink domain; None = found from the GPUs' peer access (ranks on
+        CPU are one domain).
+    domain_tokens: with several domains, most rows a rank sends to one domain at once. None = the capacity: shapes never
+        depend on the routing, as a CUDA graph needs. A number: less memory and only the rows that the routing asks for,
+        in as many rounds as it takes, with counts that meet on the host.
     """
 
     num_max_tokens_per_rank: int
@@ -104,6 +109,8 @@ class EPConfig:
     arrive_deadline_s: float = 60.0
     step_deadline_s: float = 10.0
     num_sms: int | None = None
+    ranks_per_domain: int | None = None
+    domain_tokens: int | None = None
 
     def __post_init__(self):
         _check_int("num_max_tokens_per_rank", self.num_max_tokens_per_rank, 1)
@@ -113,3 +120,20 @@ class EPConfig:
         _check_positive("step_deadline_s", self.step_deadline_s)
         if self.num_sms is not None:
             _check_int("num_sms", self.num_sms, 1)
+        if self.ranks_per_domain is not None:
+            _check_int("ranks_per_domain", self.ranks_per_domain, 1)
+        if self.domain_tokens is not None:
+            _check_int("domain_tokens", self.domain_tokens, 1, self.num_max_tokens_per_rank)
+
+    def num_domains(self, ep_size: int) -> int:
+        """Domains of ``ep_size`` ranks by ranks_per_domain, 1 where that is None. ValueError if one would be smaller
+        than the others."""
+        size = self.ranks_per_domain or ep_size
+        if ep_size % size:
+            legal = [one for one in range(1, ep_size + 1) if ep_size % one == 0]
+            nearest = sorted(legal, key=lambda one: (abs(one - size), one))[:2]
+            raise ValueError(
+                f"ranks_per_domain={size} leaves {ep_size % size} of ep_size={ep_size} ranks in no whole domain; "
+                f"domains are equally large: nearest {', '.join(map(str, sorted(nearest)))}"
+            )
+        return ep_size // size

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from megamoe import layer_checks as checks
 from megamoe.config import MoEConfig
+from megamoe.engine import make_engine
 from megamoe.errors import MegaMoEError
 from megamoe.stats import Stats
 from megamoe.steps import RankInput
@@ -17,7 +18,8 @@ class MoELayer(nn.Module):
     """One expert-parallel MoE layer, inference only: forward runs without autograd and its result has no gradient.
 
     config: must be one of workspace.moe_configs. workspace: shared with other layers.
-    On a CUDA workspace forward is one fused kernel on the current stream; on CPU it is megamoe/steps.py.
+    On a CUDA workspace forward is one fused kernel on the current stream; on CPU it is megamoe/steps.py. Where the
+    ranks are several NVLink domains, an exchange between domains goes before and after it (megamoe/domains/engine.py).
     With EPConfig(virtual_ranks=R) every tensor argument below is a list of R tensors, one per rank, and so is the
     result.
     """
@@ -39,14 +41,7 @@ class MoELayer(nn.Module):
         self._dtype: torch.dtype | None = None  # bf16 format: of weights and hidden_states, known from load_weights on
         self._loaded = False
         self._calls = self._failed = self._tokens = self._input_bytes = self._output_bytes = 0
-        if workspace.is_cuda:
-            from megamoe.engine_fused import FusedEngine  # only here: the CPU path must not need CUDA packages
-
-            self._engine = FusedEngine(config, workspace)
-        else:
-            from megamoe.engine_torch import TorchEngine
-
-            self._engine = TorchEngine(config, workspace)
+        self._engine = make_engine(config, workspace)
 
     @torch.no_grad()
     def load_weights(

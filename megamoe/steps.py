@@ -26,6 +26,7 @@ __all__ = [
     "Dispatched",
     "ExpertWeights",
     "RankInput",
+    "add_domains",
     "combine",
     "dispatch",
     "linear1",
@@ -34,7 +35,6 @@ __all__ = [
     "route",
     "swiglu",
 ]
-
 
 class ExpertWeights(NamedTuple):
     """The experts of one rank.
@@ -158,9 +158,12 @@ def linear2(
 
 
 def combine(
-    config: MoEConfig, exchange, rows: list[Dispatched], y: list[Tensor], inputs: list[RankInput]
+    config: MoEConfig, exchange, rows: list[Dispatched], y: list[Tensor], inputs: list[RankInput], num_domains: int = 1
 ) -> list[Tensor]:
     """Send each row back to its token's rank and add a token's rows in fp32, in slot order 0, 1, ..., then round once.
+
+    num_domains: with several, domain d has experts from d * num_experts / num_domains on; slots of one domain are added
+    in slot order and rounded to the dtype of y, as that partial sum travels, then add_domains adds the domains.
 
     rows, y: one per rank held here, as dispatch and linear2 returned them.
     -> [n, hidden] in the dtype of y, one per rank held here.
@@ -175,14 +178,30 @@ def combine(
         sends.append([(rank_y[picked], where[picked]) for picked in back])
     outputs = []
     for rank_input, rank_y, received in zip(inputs, y, exchange.all_to_all(sends, "combine"), strict=True):
-        total = torch.zeros(rank_input.x.shape[0], config.hidden, dtype=torch.float32, device=rank_y.device)
+        shape = num_domains, rank_input.x.shape[0], config.hidden
+        total = torch.zeros(shape, dtype=torch.float32, device=rank_y.device)
         row_y = torch.cat([bundle[0] for bundle in received])
         token, slot = torch.cat([bundle[1] for bundle in received]).unbind(1)
         for k in range(config.topk):
             picked = slot == k  # at most one row per token, so that the indexed add has no order of its own
-            total[token[picked]] += row_y[picked].float()
-        outputs.append(total.to(rank_y.dtype))
+            domain = rank_input.topk_idx[token[picked], k].long() // (config.num_experts // num_domains)
+            total[domain, token[picked]] += row_y[picked].float()
+        outputs.append(add_domains(total.to(rank_y.dtype)))
     return outputs
+
+
+def add_domains(partial: Tensor) -> Tensor:
+    """A token's partial sums of all domains, added in fp32 in the order of domains 0, 1, ..., then rounded once.
+
+    partial: [num_domains, n, hidden] in the dtype of the result, zero where a domain has none of a token's experts
+    -> [n, hidden]. With one domain, partial[0] itself. Against the sum over slots alone this rounds once more a domain.
+    """
+    if len(partial) == 1:
+        return partial[0]
+    total = torch.zeros(partial.shape[1:], dtype=torch.float32, device=partial.device)
+    for one in partial:
+        total += one.float()
+    return total.to(partial.dtype)
 
 
 def moe_layer(
@@ -193,6 +212,7 @@ def moe_layer(
     *,
     dtype: torch.dtype = torch.float32,
     trace: dict | None = None,
+    num_domains: int = 1,
 ) -> list[Tensor]:
     """The whole layer on the ranks held here (exchange.ranks): one entry of weights and inputs each.
 
@@ -200,6 +220,7 @@ def moe_layer(
     dtype: of the matrix products and swiglu; float64 for an oracle without rounding between the quantizers.
     trace: None, or a dict that gets trace[ep_rank] = {"rows", "linear1", "h", "h_sf", "linear2"}: what each step
         returned, "rows" a Dispatched, the others tensors (h_sf None in bf16 format).
+    num_domains: the order of combine's sum; see there.
     """
     rows = dispatch(config, exchange, inputs)
     y = []
@@ -209,7 +230,7 @@ def moe_layer(
         y.append(linear2(config, rank_weights, h, rank_rows.num_rows, dtype=dtype))
         if trace is not None:
             trace[ep_rank] = {"rows": rank_rows, "linear1": acc, "h": h.values, "h_sf": h.sf, "linear2": y[-1]}
-    return combine(config, exchange, rows, y, inputs)
+    return combine(config, exchange, rows, y, inputs, num_domains)
 
 
 def _num_tokens(rank_input: RankInput) -> int:
@@ -249,9 +270,21 @@ def _grouped_matmul(
                 a = x[begin:end].to(dtype) if x_sf is None else dequantize_rows(x[begin:end], x_sf[begin:end], dtype)
                 b = weight[expert].to(dtype)
                 b = b if weight_sf is None else dequantize_blocks(weight[expert], weight_sf[expert], dtype)
-                out[begin:end] = a @ b.t()
+                out[begin:end] = _matmul(a, b.t())
             begin = end
     return out
+
+
+# On a CPU the order in which a product sums K depends on the number of rows. In blocks of equal size a row's bits do
+# not depend on the company it keeps, nor on which copy of an expert serves it.
+MATMUL_ROWS = 16
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    if a.device.type != "cpu":
+        return a @ b
+    blocks = torch.nn.functional.pad(a, (0, 0, 0, -len(a) % MATMUL_ROWS)).split(MATMUL_ROWS)
+    return torch.cat([block @ b for block in blocks])[: len(a)]
 
 
 @contextmanager

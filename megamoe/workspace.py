@@ -2,12 +2,13 @@
 together."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 import torch.distributed as dist
 
 from megamoe.config import EPConfig, MoEConfig
+from megamoe.domains.places import Place, check_domains, domains_of, place_of
 from megamoe.errors import MegaMoEError, absent_ranks_named
 from megamoe.exchange import DistExchange, LocalExchange
 from megamoe.support import support
@@ -24,7 +25,8 @@ class Workspace:
     device: None = the current CUDA device if there is one, else CPU.
 
     Attributes: moe_configs, ep_config, ep_rank (0 with virtual ranks), ep_size, num_ranks_here, device, is_cuda, group,
-    poisoned (None, or the error after which calls are refused until reset()), exchange (CPU), fused (CUDA).
+    poisoned (None, or the error after which calls are refused until reset()), places (where each rank runs), and one of
+    exchange (CPU), fused (CUDA), domains (several NVLink domains).
 
     Construction, reset() and close() are collective. Configurations are compared between ranks here, once: ValueError
     on every rank names the differing field. What one rank cannot do is raised on all ranks, so that none is left
@@ -50,16 +52,27 @@ class Workspace:
         self.num_layers = 0  # made so far: a layer's number, by which ranks know each other's calls
         self.fused = None
         self.exchange = None
+        self.domains = None
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         self.group = group
         group_size = dist.get_world_size(group) if group is not None else 1
         self.ep_rank = dist.get_rank(group) if group is not None else 0
-        with absent_ranks_named():
-            _compare_ranks(group, group_size, self._facts(), self._problem(group_size), ep_config.arrive_deadline_s)
         self.num_ranks_here = ep_config.virtual_ranks or 1
         self.ep_size = ep_config.virtual_ranks or group_size
-        if self.is_cuda:
+        with absent_ranks_named():
+            places = [place_of(self.ep_rank, self.device)]
+            if group_size > 1:
+                places = gather(group, "places", places[0], ep_config.arrive_deadline_s)
+            self.places = [Place(*place) for place in places]
+            self.ep_config, problem = self._with_domains()
+            problem = problem or self._problem(group_size)
+            _compare_ranks(group, group_size, self._facts(), problem, ep_config.arrive_deadline_s)
+        if self.ep_config.num_domains(self.ep_size) > 1:
+            from megamoe.domains.workspace import Domains
+
+            self.domains = Domains(self, self.ep_config.ranks_per_domain)
+        elif self.is_cuda:
             from megamoe.engine_fused import FusedWorkspace  # only here: the CPU path must not need CUDA packages
 
             with absent_ranks_named():
@@ -94,6 +107,8 @@ class Workspace:
                 self.fused.reset()
             elif isinstance(self.exchange, DistExchange):
                 self.exchange.reset()
+            elif self.domains is not None:
+                self.domains.reset()
         self.poisoned = None
 
     def close(self) -> None:
@@ -111,16 +126,36 @@ class Workspace:
                 fused.close()
         if isinstance(self.exchange, DistExchange):
             self.exchange.close()
+        if self.domains is not None:
+            self.domains.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        if kind is not None and self.fused is not None and self.ep_size > self.num_ranks_here:
-            self.closed = True  # peers may be gone: a collective close would hang and hide the error
-            self.fused.abandon()
+        if kind is not None and self.is_cuda and self.ep_size > self.num_ranks_here:
+            self.abandon()
         else:
             self.close()
+
+    def abandon(self) -> None:
+        """Let go on the way out of an exception: peers may be gone, and a collective close would hang and hide it."""
+        self.closed = True
+        if self.fused is not None:
+            self.fused.abandon()
+        if self.domains is not None:
+            self.domains.abandon()
+
+    def _with_domains(self) -> tuple[EPConfig, str | None]:
+        """ep_config with ranks_per_domain as found, and what is wrong with the domains, or None."""
+        try:
+            if self.ep_config.ranks_per_domain is None and self.ep_config.virtual_ranks is None:
+                size = check_domains(domains_of(self.places))
+                return replace(self.ep_config, ranks_per_domain=size), None
+            self.ep_config.num_domains(self.ep_size)
+        except ValueError as error:
+            return replace(self.ep_config, ranks_per_domain=None), str(error)
+        return self.ep_config, None
 
     def _facts(self) -> dict:
         facts = {f"ep_config.{name}": value for name, value in asdict(self.ep_config).items()}
@@ -138,6 +173,11 @@ class Workspace:
             return (
                 f"virtual_ranks={virtual_ranks} needs a group of one process, this one has {group_size}; "
                 "use virtual_ranks=None, or pass a one-rank group"
+            )
+        if self.ep_config.num_domains(self.ep_size) > 1 and 1 < group_size < dist.get_world_size():
+            return (
+                f"group has {group_size} of {dist.get_world_size()} ranks; several domains need a group of all, for "
+                "torch makes their subgroups with all: start fewer ranks, or pass group=None"
             )
         for config in self.moe_configs:
             report = support(config, self.ep_config, self.device, ep_size=virtual_ranks or group_size)
