@@ -53,6 +53,9 @@ class MoELayer(nn.Module):
         linear2: Tensor | Sequence[Tensor],
         linear1_sf: Tensor | Sequence[Tensor] | None = None,
         linear2_sf: Tensor | Sequence[Tensor] | None = None,
+        *,
+        linear1_bias: Tensor | Sequence[Tensor] | None = None,
+        linear2_bias: Tensor | Sequence[Tensor] | None = None,
     ) -> None:
         """Copy in the local experts; again later, in place (also under captured graphs).
 
@@ -62,13 +65,16 @@ class MoELayer(nn.Module):
             and linear2_sf fp32 [num_local_experts, hidden / 128, intermediate / 128], or bf16, fp16 or fp32 without
             sf, which are quantized here by 128x128 block.
         weight_format="bf16": both bf16 or both fp32, no sf.
+        linear1_bias [num_local_experts, 2 * intermediate], linear2_bias [num_local_experts, hidden]: bf16, fp16 or
+            fp32, kept in fp32; with MoEConfig(bias=True) and only then.
         ValueError or TypeError names the argument, its value and the remedy.
         """
         self.workspace.check_open()
         columns = [
             self._per_rank(name, value)
             for name, value in (
-                ("linear1", linear1), ("linear1_sf", linear1_sf), ("linear2", linear2), ("linear2_sf", linear2_sf)
+                ("linear1", linear1), ("linear1_sf", linear1_sf), ("linear2", linear2), ("linear2_sf", linear2_sf),
+                ("linear1_bias", linear1_bias), ("linear2_bias", linear2_bias),
             )
         ]  # fmt: skip
         num_local_experts = self.config.num_local_experts(self.workspace.ep_size)

@@ -51,12 +51,12 @@ class SpecExperts:
         self._exchange = exchange_of(group)
         self._weights = None
 
-    def load_weights(self, linear1: Tensor, linear2: Tensor, linear1_sf=None, linear2_sf=None) -> None:
+    def load_weights(self, linear1: Tensor, linear2: Tensor, linear1_sf=None, linear2_sf=None, **biases) -> None:
         if self.config.weight_format == "fp8" and linear1_sf is None:
             (linear1, linear1_sf), (linear2, linear2_sf) = quantize_blocks(linear1), quantize_blocks(linear2)
         else:  # a copy, as MoELayer makes: the caller may drop or change what it gave
             linear1, linear2 = linear1.clone(), linear2.clone()
-        self._weights = steps.ExpertWeights(linear1, linear1_sf, linear2, linear2_sf)
+        self._weights = steps.ExpertWeights(linear1, linear1_sf, linear2, linear2_sf, **biases)
 
     def __call__(self, hidden_states: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, num_tokens_bound=None):
         rank_input = steps.RankInput(hidden_states, None, topk_idx, topk_weights)

@@ -10,16 +10,19 @@ Under torch.distributed the experts are sharded (expert e on rank e // num_local
 every rank brings its own tokens. A forward of the model is then collective: all ranks run the same number of forwards,
 with any number of tokens each; a rank without tokens calls `serving.idle()` instead.
 
-Forward only. Served are experts with weights gate_up_proj [num_experts, 2 * intermediate, hidden] (gate rows, then up)
-and down_proj [num_experts, hidden, intermediate], SiLU, no bias, as transformers keeps them for Qwen3-MoE.
+Forward only. Served are gated experts in parameters gate_up_proj and down_proj, transposed or interleaved or neither,
+with or without biases, whose gating is one that MoEConfig names: Qwen3-MoE, Mixtral, DeepSeek-V3, gpt-oss are tested.
+Sizes that are no multiple of 128 are padded with zeros at load, tokens at each call, and the output is trimmed.
 """
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 try:
@@ -32,7 +35,7 @@ except ImportError as error:
 
 from megamoe.checkpoint import Checkpoint, CheckpointError, find_problems, load_experts
 from megamoe.config import EPConfig
-from megamoe.integrations.experts import Experts, find_experts
+from megamoe.integrations.experts import Experts, expert_parameters, find_experts, weights_of
 from megamoe.integrations.spec import SpecExperts
 from megamoe.layer import MoELayer
 from megamoe.workspace import Workspace
@@ -205,7 +208,7 @@ class _Slot:
     """A module's layer, and the state of the parameters that it was loaded from."""
 
     def __init__(self, info: Experts, layer, capacity: int, ep_size: int, ep_rank: int, donate: bool):
-        self.name, self.config, self.device, self.dtype = info.name, info.config, info.device, info.dtype
+        self.info, self.name, self.config = replace(info, module=None), info.name, info.config
         self.layer, self.capacity, self.ep_size, self.donate = layer, capacity, ep_size, donate
         self.module = ref(info.module)
         num_local_experts = info.config.num_local_experts(ep_size)
@@ -215,30 +218,33 @@ class _Slot:
 
     def load(self, source: Checkpoint | None) -> None:
         if source is not None:
+            info = self.info
             weights = load_experts(
-                source, -1, self.local, config=self.config, dtype=self.dtype, device=self.device, prefix=self.name
-            )
-            self.layer.load_weights(weights.linear1, weights.linear2, weights.linear1_sf, weights.linear2_sf)
-            return
-        module = self.module()
-        shard = slice(self.local.start, self.local.stop)
-        self.layer.load_weights(module.gate_up_proj.detach()[shard], module.down_proj.detach()[shard])
-        self._loaded = self._state()
+                source, -1, self.local, config=self.config, sizes=info.sizes, dtype=info.dtype, device=info.device,
+                prefix=self.name,
+            )  # fmt: skip
+        else:
+            weights = weights_of(replace(self.info, module=self.module()), self.local)
+            self._loaded = self._state()
+        self.layer.load_weights(
+            weights.linear1, weights.linear2, weights.linear1_sf, weights.linear2_sf,
+            linear1_bias=weights.linear1_bias, linear2_bias=weights.linear2_bias,
+        )  # fmt: skip
 
     def drop_parameters(self) -> None:
         module = self.module()
-        for name in ("gate_up_proj", "down_proj"):
-            module.register_parameter(name, nn.Parameter(getattr(module, name).to("meta"), requires_grad=False))
+        for name, parameter in expert_parameters(module).items():
+            module.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
         self._loaded = None
 
     def _state(self) -> tuple:
-        params = self.module().gate_up_proj, self.module().down_proj
+        params = expert_parameters(self.module()).values()
         return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in params)
 
     def __call__(self, hidden_states: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
         if self._loaded is not None and self._loaded != self._state():
             self.load(None)  # a load_state_dict or an in-place edit since: eager experts would follow it too
-        x = hidden_states.detach().reshape(-1, self.config.hidden)
+        x = hidden_states.detach().reshape(-1, self.info.sizes[0])
         if x.shape[0] > self.capacity:
             raise ValueError(
                 f"{self.name}: num_tokens={x.shape[0]} (batch x sequence of this forward) is above the capacity "
@@ -247,19 +253,21 @@ class _Slot:
             )
         with torch.no_grad():
             y = self._forward(x, topk_idx, topk_weights)
-        return y.reshape(hidden_states.shape).to(hidden_states.dtype)
+        return y[:, : x.shape[1]].reshape(hidden_states.shape).to(hidden_states.dtype)
 
     def idle(self) -> None:
         with torch.no_grad():
             self._forward(
-                torch.zeros(0, self.config.hidden, dtype=self.dtype, device=self.device),
-                torch.zeros(0, self.config.topk, dtype=torch.int64, device=self.device),
-                torch.zeros(0, self.config.topk, dtype=torch.float32, device=self.device),
+                torch.zeros(0, self.info.sizes[0], dtype=self.info.dtype, device=self.info.device),
+                torch.zeros(0, self.config.topk, dtype=torch.int64, device=self.info.device),
+                torch.zeros(0, self.config.topk, dtype=torch.float32, device=self.info.device),
             )
 
     def _forward(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
         if self.config.weight_format == "fp8":
             x = x.to(torch.bfloat16)
+        if x.shape[1] < self.config.hidden:
+            x = F.pad(x, (0, self.config.hidden - x.shape[1]))
         bound = self.serving().num_tokens_bound
         if bound is None and self.ep_size == 1:  # no peer to agree with: the tokens there are, in powers of two
             bound = min(1 << max(x.shape[0] - 1, 0).bit_length(), self.capacity)
@@ -276,7 +284,7 @@ def _check_source(found: dict[str, Experts], source: Checkpoint | None, ep_size:
     for name, info in found.items():
         num_local_experts = info.config.num_local_experts(ep_size)
         local = range(ep_rank * num_local_experts, (ep_rank + 1) * num_local_experts)
-        problems += find_problems(source, name, local, info.config)
+        problems += find_problems(source, name, local, info.config, info.sizes)
     if problems:
         raise CheckpointError(source.path, problems)
 
