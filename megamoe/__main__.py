@@ -10,6 +10,11 @@ VERBS = {
     "compile": ("megamoe.verbs", "compile_main", "compile every kernel configuration; needs no GPU [--json]"),
     "layout": ("megamoe.verbs", "layout_main", "what lies where in a rank's memory, for given sizes [--json]"),
     "trace": ("megamoe.trace", "main", "one call's times per CTA and role, for Perfetto; needs a GPU [--json]"),
+    "convert": (
+        "megamoe.convert",
+        "main",
+        "a checkpoint's experts in another number format: SRC DST --format fp8|bf16",
+    ),
     "plan": ("megamoe.plan.cli", "main", "where experts go, for a recorded or generated load [--json]"),
 }
 

@@ -33,11 +33,12 @@ except ImportError as error:
         "pip install 'megamoe[transformers]'"
     ) from error
 
-from megamoe.checkpoint import Checkpoint, CheckpointError, find_problems, load_experts
+from megamoe.checkpoint import Checkpoint, CheckpointError, expert_bytes, find_problems, load_experts
 from megamoe.config import EPConfig
 from megamoe.integrations.experts import Experts, expert_parameters, find_experts, weights_of
 from megamoe.integrations.spec import SpecExperts
 from megamoe.layer import MoELayer
+from megamoe.progress import Progress
 from megamoe.workspace import Workspace
 
 IMPLEMENTATION = "megamoe"
@@ -105,7 +106,11 @@ def enable(
             layer = SpecExperts(info.config, group) if spec else MoELayer(info.config, workspace)
             undo.callback(layer.close)
             slots[name] = _Slot(info, layer, ep_config.num_max_tokens_per_rank, ep_size, ep_rank, donate)
-            slots[name].load(source)
+        with Progress(
+            "experts", sum(slot.bytes_in(source) for slot in slots.values()), None if ep_rank == 0 else False
+        ) as bar:
+            for slot in slots.values():
+                slot.load(source, bar)
         serving = Serving(model, slots, workspace, owned)
         undo.pop_all()
     return serving
@@ -216,12 +221,16 @@ class _Slot:
         self.serving = None
         self._loaded = None
 
-    def load(self, source: Checkpoint | None) -> None:
+    def bytes_in(self, source: Checkpoint | None) -> int:
+        """What load will read of the files."""
+        return 0 if source is None else expert_bytes(source, self.name, self.local, self.config, self.info.sizes)
+
+    def load(self, source: Checkpoint | None, progress: Progress | None = None) -> None:
         if source is not None:
             info = self.info
             weights = load_experts(
                 source, -1, self.local, config=self.config, sizes=info.sizes, dtype=info.dtype, device=info.device,
-                prefix=self.name,
+                prefix=self.name, progress=progress,
             )  # fmt: skip
         else:
             weights = weights_of(replace(self.info, module=self.module()), self.local)
