@@ -30,6 +30,13 @@ def choose_block_tokens(config: MoEConfig, ep_size: int, num_tokens_bound: int) 
     return next((block for block in layout.BLOCK_TOKENS if block >= wanted), layout.BLOCK_TOKENS[-1])
 
 
+def blocks_of(configs, ep_size: int, capacity: int) -> list[int]:
+    """Every block that calls of up to `capacity` tokens a rank can choose."""
+    largest = [choose_block_tokens(c, ep_size, capacity) for c in configs]
+    smallest = [choose_block_tokens(c, ep_size, 1) for c in configs]
+    return [block for block in layout.BLOCK_TOKENS if min(smallest) <= block <= max(largest)]
+
+
 class FusedWorkspace:
     """Symmetric arena, local workspace, status record and loaded kernels of one process.
 
@@ -65,9 +72,7 @@ class FusedWorkspace:
             self._clear()
 
     def _load_kernels(self, configs) -> dict[int, LoadedKernel]:
-        largest = [choose_block_tokens(c, self.ep_size, self.ep_config.num_max_tokens_per_rank) for c in configs]
-        smallest = [choose_block_tokens(c, self.ep_size, 1) for c in configs]
-        wanted = [block for block in layout.BLOCK_TOKENS if min(smallest) <= block <= max(largest)]
+        wanted = blocks_of(configs, self.ep_size, self.ep_config.num_max_tokens_per_rank)
         builds = [kernel_build(block) for block in wanted]
         with ThreadPoolExecutor(max_workers=4) as pool:
             compiled = list(pool.map(lambda b: compile_kernel(b.source, b.entry, b.defines), builds))
@@ -202,6 +207,12 @@ class FusedEngine:
             for e in range(linear1.shape[0]):
                 pack_expert(1, w.linear1[e], w.linear1_sf[e], linear1[e])
                 pack_expert(2, w.linear2[e], w.linear2_sf[e], linear2[e])
+
+    def share_weights(self, other: "FusedEngine") -> None:
+        """Use what `other` has loaded, now and later."""
+        self.images = other.images
+        for mine, theirs in zip(self.params.ranks, other.params.ranks, strict=True):
+            mine.linear1, mine.linear2 = theirs.linear1, theirs.linear2
 
     def forward(self, inputs: list[RankInput], num_tokens_bound: int, outs: list[Tensor | None]) -> list[Tensor]:
         shared, p = self.shared, self.params

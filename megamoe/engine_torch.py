@@ -29,6 +29,10 @@ class TorchEngine:
         results = moe_layer(self.config, self.exchange, self.weights, inputs)
         return [y if out is None else out.copy_(y) for y, out in zip(results, outs, strict=True)]
 
+    def share_weights(self, other: "TorchEngine") -> None:
+        """Use what `other` has loaded, now and later."""
+        self.weights = other.weights
+
     def check(self) -> None:
         """Nothing is pending: every error of the torch path is raised by forward itself."""
 

@@ -1,11 +1,13 @@
 """MoELayer: what a model imports. All input is validated here; engines and steps trust it."""
 
 from collections.abc import Sequence
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from megamoe import layer_checks as checks
+from megamoe import torch_op
 from megamoe.config import MoEConfig
 from megamoe.errors import MegaMoEError
 from megamoe.steps import RankInput
@@ -16,12 +18,14 @@ class MoELayer(nn.Module):
     """One expert-parallel MoE layer, inference only: forward runs without autograd and its result has no gradient.
 
     config: must be one of workspace.moe_configs. workspace: shared with other layers.
+    weights_of: a layer of the same config in another workspace, whose weights this one uses too, also those that it
+        loads later. Not while either is running.
     On a CUDA workspace forward is one fused kernel on the current stream; on CPU it is megamoe/steps.py.
     With EPConfig(virtual_ranks=R) every tensor argument below is a list of R tensors, one per rank, and so is the
     result.
     """
 
-    def __init__(self, config: MoEConfig, workspace: Workspace):
+    def __init__(self, config: MoEConfig, workspace: Workspace, *, weights_of: "MoELayer | None" = None):
         super().__init__()
         if not isinstance(config, MoEConfig) or not isinstance(workspace, Workspace):
             raise TypeError(
@@ -37,6 +41,7 @@ class MoELayer(nn.Module):
         self.workspace = workspace
         self._dtype: torch.dtype | None = None  # bf16 format: of weights and hidden_states, known from load_weights on
         self._loaded = False
+        self.handle = torch_op.register(self)
         if workspace.is_cuda:
             from megamoe.engine_fused import FusedEngine  # only here: the CPU path must not need CUDA packages
 
@@ -45,6 +50,11 @@ class MoELayer(nn.Module):
             from megamoe.engine_torch import TorchEngine
 
             self._engine = TorchEngine(config, workspace)
+        self._weights_of = weights_of
+        if weights_of is not None and weights_of.config != config:
+            raise ValueError(f"weights_of has config={weights_of.config}, this layer {config}; use equal ones")
+        self.index = len(workspace.layers)
+        workspace.layers.append(ref(self))
 
     @torch.no_grad()
     def load_weights(
@@ -70,6 +80,8 @@ class MoELayer(nn.Module):
         ValueError or TypeError names the argument, its value and the remedy.
         """
         self.workspace.check_open()
+        if self._weights_of is not None:
+            raise RuntimeError("the layer uses the weights of another (weights_of); load them there")
         columns = [
             self._per_rank(name, value)
             for name, value in (
@@ -92,7 +104,6 @@ class MoELayer(nn.Module):
         self._engine.load_weights(weights)
         self._loaded = True
 
-    @torch.no_grad()
     def forward(
         self,
         hidden_states,
@@ -120,10 +131,17 @@ class MoELayer(nn.Module):
         MegaMoEError: an id out of range on CUDA, a peer that did not come, an earlier failure (until
             workspace.reset()).
         """
+        if torch.compiler.is_compiling() and self.workspace.ep_config.virtual_ranks is None:
+            return torch_op.call(self, hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out)
+        return self._forward(hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out)
+
+    @torch.no_grad()
+    def _forward(self, hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out):
         workspace, config = self.workspace, self.config
         workspace.check_open()
         if not self._loaded:
-            raise RuntimeError("the layer has no weights; call load_weights first")
+            self._take_weights()
+        workspace.before_call(self.index)
         capacity = workspace.ep_config.num_max_tokens_per_rank
         bound = checks.num_tokens_bound(num_tokens_bound, capacity)
         columns = [
@@ -147,6 +165,26 @@ class MoELayer(nn.Module):
             workspace.poison(error)
             raise
         return results if workspace.ep_config.virtual_ranks is not None else results[0]
+
+    def _take_weights(self) -> None:
+        source = self._weights_of
+        if source is None or not source._loaded:
+            raise RuntimeError("the layer has no weights; call load_weights first")
+        self._engine.share_weights(source._engine)
+        self._dtype, self._loaded = source._dtype, True
+
+    def warmup(self) -> None:
+        """One call without tokens, if the layer has weights. Collective."""
+        if not self._loaded:
+            return
+        device, topk = self.workspace.device, self.config.topk
+        dtype = self._dtype if self.config.weight_format == "bf16" else torch.bfloat16
+        x = torch.zeros(0, self.config.hidden, dtype=dtype, device=device)
+        topk_idx = torch.zeros(0, topk, dtype=torch.int64, device=device)
+        topk_weights = torch.zeros(0, topk, dtype=torch.float32, device=device)
+        ranks = self.workspace.ep_config.virtual_ranks
+        arguments = x, topk_idx, topk_weights
+        self(*(arguments if ranks is None else ([t] * ranks for t in arguments)))
 
     def check(self) -> None:
         """Raise MegaMoEError if a call has failed on the device, or left the workspace refusing calls. Never waits."""

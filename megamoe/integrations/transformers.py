@@ -18,7 +18,7 @@ Sizes that are no multiple of 128 are padded with zeros at load, tokens at each 
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 import torch.distributed as dist
@@ -145,7 +145,8 @@ class Serving:
             raise ValueError(f"model={type(model).__name__} does not let its experts implementation be set; not served")
         _SERVINGS[model] = self
         for slot in slots.values():
-            _SLOTS[slot.module()] = slot
+            _SLOTS[slot.key] = slot
+            finalize(slot.module(), _SLOTS.pop, slot.key, None)  # an id is used again
             slot.serving = ref(self)
             if slot.donate:
                 slot.drop_parameters()
@@ -172,7 +173,7 @@ class Serving:
         if model is not None:
             del _SERVINGS[model]
             for slot in self._slots.values():
-                _SLOTS.pop(slot.module(), None)
+                _SLOTS.pop(slot.key, None)
             model.set_experts_implementation(self._before)
         for layer in self.layers.values():
             layer.close()
@@ -188,22 +189,38 @@ class Serving:
         self._close(close_workspace=alone or exc_type is None)
 
 
-# Keyed weakly and kept outside the modules: state_dict, deepcopy and save_pretrained see nothing of megamoe.
+# Kept outside the modules: state_dict, deepcopy and save_pretrained see nothing of megamoe. Slots are by id(module),
+# which a compiler can trace.
 _SERVINGS: WeakKeyDictionary[nn.Module, Serving] = WeakKeyDictionary()
-_SLOTS: WeakKeyDictionary[nn.Module, "_Slot"] = WeakKeyDictionary()
+_SLOTS: dict[int, "_Slot"] = {}
 
 
 def _serve_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What transformers calls for a module's experts: hidden_states [n, hidden], top_k_* [n, topk]."""
-    slot = _SLOTS.get(self)
-    if slot is None:
+    key = id(self)
+    if key not in _SLOTS:
         raise ValueError(
             f"experts_implementation={IMPLEMENTATION!r}, but this model's experts were not given to megamoe; "
             "call megamoe.integrations.transformers.enable(model) (again, after a deepcopy)"
         )
     if self.training and torch.is_grad_enabled() and hidden_states.requires_grad:
         raise ValueError("megamoe is forward only: it has no gradient. Call model.eval(), or disable(model) to train")
-    return slot(hidden_states, top_k_index, top_k_weights)
+    if torch.compiler.is_compiling():
+        return torch.ops.megamoe.experts(hidden_states, top_k_index, top_k_weights, key)
+    return _SLOTS[key](hidden_states, top_k_index, top_k_weights)
+
+
+@torch.library.custom_op("megamoe::experts", mutates_args=())
+def _experts_op(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, key: int) -> Tensor:
+    """The same in a compiled graph. key: id of the module, a constant of that graph."""
+    if key not in _SLOTS:
+        raise RuntimeError("the compiled model's experts are no longer served by megamoe: torch.compile it again")
+    return _SLOTS[key](hidden_states, top_k_index, top_k_weights)
+
+
+@_experts_op.register_fake
+def _(hidden_states, top_k_index, top_k_weights, key):
+    return torch.empty_like(hidden_states)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _serve_experts)
@@ -215,7 +232,7 @@ class _Slot:
     def __init__(self, info: Experts, layer, capacity: int, ep_size: int, ep_rank: int, donate: bool):
         self.info, self.name, self.config = replace(info, module=None), info.name, info.config
         self.layer, self.capacity, self.ep_size, self.donate = layer, capacity, ep_size, donate
-        self.module = ref(info.module)
+        self.module, self.key = ref(info.module), id(info.module)
         num_local_experts = info.config.num_local_experts(ep_size)
         self.local = range(ep_rank * num_local_experts, (ep_rank + 1) * num_local_experts)
         self.serving = None
