@@ -208,6 +208,10 @@ class FusedEngine:
                 pack_expert(1, w.linear1[e], w.linear1_sf[e], linear1[e])
                 pack_expert(2, w.linear2[e], w.linear2_sf[e], linear2[e])
 
+    def expert_tensors(self) -> list[list[Tensor]]:
+        """Per rank its images, tensors with experts along the first dimension."""
+        return [list(rank) for rank in self.images]
+
     def share_weights(self, other: "FusedEngine") -> None:
         """Use what `other` has loaded, now and later."""
         self.images = other.images

@@ -173,6 +173,17 @@ class MoELayer(nn.Module):
         self._engine.share_weights(source._engine)
         self._dtype, self._loaded = source._dtype, True
 
+    def expert_rows(self) -> list[Tensor] | list[list[Tensor]]:
+        """The loaded weights as contiguous uint8 tensors [num_local_experts, bytes], for whoever moves experts.
+
+        The same permutation of rows in each of them, in place and between calls, permutes the rank's experts; a row may
+        also be copied to a layer of the same config. With virtual ranks a list for each rank.
+        """
+        if not self._loaded:
+            self._take_weights()
+        rows = [[t.flatten(1).view(torch.uint8) for t in tensors] for tensors in self._engine.expert_tensors()]
+        return rows if self.workspace.ep_config.virtual_ranks is not None else rows[0]
+
     def warmup(self) -> None:
         """One call without tokens, if the layer has weights. Collective."""
         if not self._loaded:
