@@ -10,6 +10,11 @@ VERBS = {
     "compile": ("megamoe.verbs", "compile_main", "compile every kernel configuration; needs no GPU [--json]"),
     "layout": ("megamoe.verbs", "layout_main", "what lies where in a rank's memory, for given sizes [--json]"),
     "trace": ("megamoe.trace", "main", "one call's times per CTA and role, for Perfetto; needs a GPU [--json]"),
+    "verify": (
+        "megamoe.verbs",
+        "verify_main",
+        "a model's layers against exact and unquantized ones: --model DIR [--json]",
+    ),
     "convert": (
         "megamoe.convert",
         "main",

@@ -99,6 +99,13 @@ def _builds_of(path: str, ep_size: int, capacity: int) -> list[KernelBuild]:
     return [kernel_build(block) for block in blocks_of([config], ep_size, capacity)]
 
 
+def verify_main(argv: list[str]) -> int:
+    """--model: a model's own layers and tokens."""
+    from megamoe.integrations import verify_model
+
+    return verify_model.main(argv)
+
+
 def layout_main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m megamoe layout",

@@ -137,6 +137,23 @@ def weights_of(info: Experts, local: range) -> ExpertWeights:
     return ExpertWeights(linear1.contiguous(), None, linear2.contiguous(), None, *biases)
 
 
+@torch.no_grad()
+def put_weights(info: Experts, weights: ExpertWeights) -> None:
+    """The inverse of weights_of for all experts of a module: floating weights into its parameters, padding left out."""
+    module, (hidden, inter) = info.module, info.sizes
+    gate_up = weights.linear1.unflatten(1, (2, -1))[:, :, :inter, :hidden]
+    linear1 = gate_up.flatten(1, 2) if module.is_concatenated else gate_up.transpose(1, 2).flatten(1, 2)
+    for name, value in (("gate_up_proj", linear1), ("down_proj", weights.linear2[:, :hidden, :inter])):
+        value = value.mT if module.is_transposed else value
+        parameter = nn.Parameter(value.to(info.dtype).contiguous(), requires_grad=False)
+        module.register_parameter(name, parameter)
+    if weights.linear1_bias is not None:
+        bias = weights.linear1_bias.unflatten(1, (2, -1))[:, :, :inter]
+        bias = bias.flatten(1) if module.is_concatenated else bias.transpose(1, 2).flatten(1)
+        for name, value in (("gate_up_proj_bias", bias), ("down_proj_bias", weights.linear2_bias[:, :hidden])):
+            module.register_parameter(name, nn.Parameter(value.to(info.dtype).contiguous(), requires_grad=False))
+
+
 def _gate_then_up(module: nn.Module, rows: Tensor) -> Tensor:
     """[n, 2 * intermediate, ...] -> [n, 2, intermediate, ...]"""
     return rows.unflatten(1, (2, -1)) if module.is_concatenated else rows.unflatten(1, (-1, 2)).transpose(1, 2)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megamoe.config import EPConfig
+from megamoe.config import WEIGHT_FORMATS, EPConfig
 from megamoe.integrations.logits import eager_logits, logits_error, served_logits, serving_logits
 from megamoe.integrations.tiny import FAMILIES, save_tiny_model
 from megamoe.integrations.transformers import Serving, enable
@@ -48,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the model; default: bfloat16 on "
         "cuda, float32 on cpu")  # fmt: skip
-    add("--weight-format", choices=("auto", "fp8", "bf16"), default="auto", help="of the served experts; bf16 means "
+    add("--weight-format", choices=("auto", *WEIGHT_FORMATS), default="auto", help="of the served experts; bf16 means "
         "unquantized, CPU only. Default: fp8 on cuda, bf16 on cpu")  # fmt: skip
     add("--capacity", type=int, help="num_max_tokens_per_rank; default: what the longest prompt needs")
     add("--local-experts", action="store_true", help="read only this rank's experts from the files; the comparison "

@@ -290,7 +290,7 @@ class _Slot:
             )
 
     def _forward(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
-        if self.config.weight_format == "fp8":
+        if self.config.weight_format != "bf16":
             x = x.to(torch.bfloat16)
         if x.shape[1] < self.config.hidden:
             x = F.pad(x, (0, self.config.hidden - x.shape[1]))

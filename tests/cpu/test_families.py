@@ -2,6 +2,7 @@
 """Model families through the experts registration: saved under their usual names, loaded, served, compared."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from megamoe.integrations.logits import eager_logits, logits_error, served_logit
 from megamoe.integrations.tiny import FAMILIES, save_tiny_model, tiny_model
 from megamoe.integrations.transformers import enable
 from megamoe.quant.fp8 import dequantize_blocks, quantize_blocks
+from megamoe.ranks import init_process_group
+from megamoe.testing.spawn import spawn_ranks
 
 LOGITS_FP32 = 1e-5  # max abs, fp32 model, bf16 (unquantized) format
 LOGITS_BF16 = 2e-2  # relative L2, bf16 model
@@ -194,9 +197,34 @@ def test_generate_takes_every_family(capsys, family):
     assert len(texts) == 2 and [line for line in capsys.readouterr().out.splitlines() if "->" in line] == texts
 
 
+def test_two_ranks_generate_what_one_process_does_for_every_family(saved, capsys):
+    """Experts halved, three prompts over two ranks: one rank has none in the last round and idles through it."""
+    folders = [str(saved[family]) for family in ("mixtral", "deepseek_v3", "gpt_oss")]
+    rank_main(folders)
+    expected = sorted(line for line in capsys.readouterr().out.splitlines() if "->" in line)
+    results = spawn_ranks([__file__, *folders], 2)
+    assert [r.returncode for r in results] == [0, 0], "\n".join(r.output for r in results)
+    lines = [line.partition("] ")[2] for r in results for line in r.output.splitlines() if "->" in line]
+    assert len(expected) == 9 and sorted(lines) == expected
+
+
+def rank_main(folders: list[str]) -> None:
+    for folder in folders:
+        prompts = [word for text in ("hello", "Mega", "a") for word in ("--prompt", text)]
+        how = ["--max-new-tokens", "3", "--device", "cpu", "--local-experts", "--no-compare"]
+        generate.main(["--model", folder, *prompts, *how])
+
+
 def test_capacity_is_that_of_tokens_not_of_padded_sizes(saved):
     model = tiny_model("gpt_oss")
     with enable(model, weight_format="bf16", ep_config=EPConfig(8)), torch.no_grad():
         model(input_ids=torch.arange(8)[None])
         with pytest.raises(ValueError, match=r"num_tokens=9 .*EPConfig\(9\)"):
             model(input_ids=torch.arange(9)[None])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    init_process_group()
+    rank_main(sys.argv[1:])
+    torch.distributed.destroy_process_group()
