@@ -15,6 +15,7 @@ VERBS = {
         "verify_main",
         "a model's layers against exact and unquantized ones: --model DIR [--json]",
     ),
+    "reference": ("megamoe.reference", "main", "every public function, from its docstring, as Markdown [NAME ...]"),
     "convert": (
         "megamoe.convert",
         "main",

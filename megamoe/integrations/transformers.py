@@ -35,6 +35,8 @@ except ImportError as error:
 
 from megamoe.checkpoint import Checkpoint, CheckpointError, expert_bytes, find_problems, load_experts
 from megamoe.config import EPConfig
+from megamoe.integrations.chunks import Chunks
+from megamoe.integrations.dense import load_without_experts
 from megamoe.integrations.experts import Experts, expert_parameters, find_experts, weights_of
 from megamoe.integrations.spec import SpecExperts
 from megamoe.layer import MoELayer
@@ -46,7 +48,7 @@ DEFAULT_CAPACITY = 4096
 
 
 def enable(
-    model: nn.Module,
+    model: nn.Module | str | Path,
     *,
     workspace: Workspace | None = None,
     ep_config: EPConfig | None = None,
@@ -55,10 +57,12 @@ def enable(
     group: dist.ProcessGroup | None = None,
     donate: bool = False,
     spec: bool = False,
+    lockstep_chunks: bool = False,
 ) -> "Serving":
     """Serve the experts of every MoE layer of `model` by megamoe; collective over the ranks of `group`.
 
-    model          a transformers model on the device it will run on, bf16 or fp32
+    model          a transformers model on the device it will run on, bf16 or fp32; or a directory with safetensors,
+                   loaded in bf16 on the current device with this rank's experts only: `.model` of what is returned
     workspace      to share with other models; by default one is made for this model and closed by disable()
     ep_config      capacity and deadlines; default EPConfig(num_max_tokens_per_rank=4096). A forward with more tokens
                    (batch x sequence) on a rank than the capacity is refused
@@ -69,11 +73,18 @@ def enable(
     group          process group; default: torch.distributed's default group if initialised, else one rank
     donate         move the module's expert parameters to meta once copied: their memory is free, eager can't run again
     spec           run megamoe/steps.py (plain torch) on whatever device the model is on: the yardstick for the kernel
+    lockstep_chunks  more tokens than the capacity are sent in several calls, as many on every rank as the one with most
+                   needs: agreed on by the hosts before each layer, which waits for the device. Not in a CUDA graph
 
     Returns a Serving, also usable as a context manager. Raises ValueError if the model has no MoE layer, or one that
     cannot be served (all reasons listed), or is enabled already; CheckpointError that lists all that is wrong with all
     layers' tensors. Nothing of the model is changed when it raises.
     """
+    held = None
+    if isinstance(model, str | Path):
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        checkpoint = checkpoint or Checkpoint(model)
+        model = held = load_without_experts(model, dtype=torch.bfloat16, device=device)
     if model in _SERVINGS:
         raise ValueError("model: its experts are served by megamoe already; call disable(model) first")
     if ep_config is not None and workspace is not None:
@@ -106,12 +117,14 @@ def enable(
             layer = SpecExperts(info.config, group) if spec else MoELayer(info.config, workspace)
             undo.callback(layer.close)
             slots[name] = _Slot(info, layer, ep_config.num_max_tokens_per_rank, ep_size, ep_rank, donate)
+            slots[name].chunks = Chunks(group, ep_size) if lockstep_chunks else None
         with Progress(
             "experts", sum(slot.bytes_in(source) for slot in slots.values()), None if ep_rank == 0 else False
         ) as bar:
             for slot in slots.values():
                 slot.load(source, bar)
         serving = Serving(model, slots, workspace, owned)
+        serving._held = held
         undo.pop_all()
     return serving
 
@@ -139,6 +152,7 @@ class Serving:
         self._owned_workspace = owned_workspace
         self._model = ref(model)
         self._closed = False
+        self._held = None  # a model that enable() loaded lives as long as it is served
         self._before = model.get_experts_implementation()
         model.set_experts_implementation(IMPLEMENTATION)
         if IMPLEMENTATION not in model.get_experts_implementation().values():
@@ -150,6 +164,11 @@ class Serving:
             slot.serving = ref(self)
             if slot.donate:
                 slot.drop_parameters()
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The served model; None once nobody else holds it."""
+        return self._model()
 
     def idle(self) -> None:
         """Take part in one forward of the other ranks without tokens: every layer once, with none."""
@@ -169,7 +188,7 @@ class Serving:
         if self._closed:
             return
         self._closed = True
-        model = self._model()
+        model, self._held = self._model(), None
         if model is not None:
             del _SERVINGS[model]
             for slot in self._slots.values():
@@ -235,7 +254,7 @@ class _Slot:
         self.module, self.key = ref(info.module), id(info.module)
         num_local_experts = info.config.num_local_experts(ep_size)
         self.local = range(ep_rank * num_local_experts, (ep_rank + 1) * num_local_experts)
-        self.serving = None
+        self.serving, self.chunks = None, None
         self._loaded = None
 
     def bytes_in(self, source: Checkpoint | None) -> int:
@@ -271,23 +290,25 @@ class _Slot:
         if self._loaded is not None and self._loaded != self._state():
             self.load(None)  # a load_state_dict or an in-place edit since: eager experts would follow it too
         x = hidden_states.detach().reshape(-1, self.info.sizes[0])
-        if x.shape[0] > self.capacity:
+        if x.shape[0] > self.capacity and self.chunks is None:
             raise ValueError(
                 f"{self.name}: num_tokens={x.shape[0]} (batch x sequence of this forward) is above the capacity "
                 f"num_max_tokens_per_rank={self.capacity}; enable(model, ep_config=EPConfig({x.shape[0]})), or "
-                "split the prompt or the batch into several forwards"
+                "split the prompt or the batch into several forwards, or pass lockstep_chunks=True"
             )
         with torch.no_grad():
-            y = self._forward(x, topk_idx, topk_weights)
+            if self.chunks is None:
+                y = self._forward(x, topk_idx, topk_weights)
+            else:
+                y = self.chunks.run(self._forward, self.capacity, x, topk_idx, topk_weights)
         return y[:, : x.shape[1]].reshape(hidden_states.shape).to(hidden_states.dtype)
 
     def idle(self) -> None:
-        with torch.no_grad():
-            self._forward(
-                torch.zeros(0, self.info.sizes[0], dtype=self.info.dtype, device=self.info.device),
-                torch.zeros(0, self.config.topk, dtype=torch.int64, device=self.info.device),
-                torch.zeros(0, self.config.topk, dtype=torch.float32, device=self.info.device),
-            )
+        self(
+            torch.zeros(0, self.info.sizes[0], dtype=self.info.dtype, device=self.info.device),
+            torch.zeros(0, self.config.topk, dtype=torch.int64, device=self.info.device),
+            torch.zeros(0, self.config.topk, dtype=torch.float32, device=self.info.device),
+        )
 
     def _forward(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
         if self.config.weight_format != "bf16":

@@ -21,7 +21,7 @@ from megamoe.integrations.logits import eager_logits, logits_error, served_logit
 from megamoe.integrations.tiny import FAMILIES, save_tiny_model, tiny_model
 from megamoe.integrations.transformers import enable
 from megamoe.quant.fp8 import dequantize_blocks, quantize_blocks
-from megamoe.ranks import init_process_group
+from megamoe.ranks import init_process_group, rank_from_env
 from megamoe.testing.spawn import spawn_ranks
 
 LOGITS_FP32 = 1e-5  # max abs, fp32 model, bf16 (unquantized) format
@@ -210,6 +210,7 @@ def test_two_ranks_generate_what_one_process_does_for_every_family(saved, capsys
 
 def rank_main(folders: list[str]) -> None:
     for folder in folders:
+        _two_ranks_in_lockstep(folder)
         prompts = [word for text in ("hello", "Mega", "a") for word in ("--prompt", text)]
         how = ["--max-new-tokens", "3", "--device", "cpu", "--local-experts", "--no-compare"]
         generate.main(["--model", folder, *prompts, *how])
@@ -221,6 +222,43 @@ def test_capacity_is_that_of_tokens_not_of_padded_sizes(saved):
         model(input_ids=torch.arange(8)[None])
         with pytest.raises(ValueError, match=r"num_tokens=9 .*EPConfig\(9\)"):
             model(input_ids=torch.arange(9)[None])
+
+
+def test_lockstep_chunks_send_a_long_prompt_in_several_calls(saved):
+    model, long = tiny_model("gpt_oss"), torch.arange(21)[None]
+    expected = eager_logits(model, [long])
+    with enable(model, weight_format="bf16", ep_config=EPConfig(8), lockstep_chunks=True) as serving, torch.no_grad():
+        calls = []
+        for layer in serving.layers.values():
+            layer.register_forward_hook(lambda layer, inputs, y: calls.append(len(y)))
+        assert logits_error(model(input_ids=long).logits[0], expected).max_abs <= LOGITS_FP32
+        assert calls == [8, 8, 5] * 2
+        calls.clear()
+        serving.idle()
+        assert calls == [0, 0]
+
+
+def test_a_directory_is_loaded_and_served(saved):
+    with enable(saved["mixtral"], weight_format="bf16") as serving, torch.no_grad():
+        served = serving.model(input_ids=IDS[0]).logits.float()
+        assert serving.model.dtype == torch.bfloat16
+        assert all(layer.mlp.experts.down_proj.is_meta for layer in serving.model.model.layers)
+    assert serving.model is None  # nobody else held it
+    expected = eager_logits(AutoModelForCausalLM.from_pretrained(saved["mixtral"], dtype=torch.bfloat16), IDS[:1])
+    assert logits_error(served[0], expected).rel_l2 <= LOGITS_BF16
+
+
+def _two_ranks_in_lockstep(folder: str) -> None:
+    # Rank 0 needs three calls a layer, rank 1 one: both make three
+    rank = rank_from_env()
+    model = load_without_experts(folder, dtype=torch.float32)
+    long = torch.arange(21 if rank.ep_rank == 0 else 2)[None]
+    with enable(model, weight_format="bf16", ep_config=EPConfig(8), checkpoint=folder, lockstep_chunks=True) as serving:
+        calls = []
+        next(iter(serving.layers.values())).register_forward_hook(lambda layer, inputs, y: calls.append(len(y)))
+        with torch.no_grad():
+            assert model(input_ids=long).logits.isfinite().all()
+    assert calls == ([8, 8, 5] if rank.ep_rank == 0 else [2, 0, 0]), calls
 
 
 if __name__ == "__main__":
