@@ -26,7 +26,7 @@ def call_order(group, timeout_s: float) -> "CallOrder | None":
 
     None below MEGAMOE_DEBUG=2, or for one rank. Collective where it is not None.
     """
-    if int(os.environ.get("MEGAMOE_DEBUG") or 0) < 2 or group is None or dist.get_world_size(group) == 1:
+    if os.environ.get("MEGAMOE_DEBUG") not in ("2", "3") or group is None or dist.get_world_size(group) == 1:
         return None
     members = tuple(dist.get_process_group_ranks(group))
     if members not in _orders:

@@ -75,18 +75,16 @@ class Layout(NamedTuple):
 def find_layout(names: Iterable[str], prefix: str) -> Layout:
     """The layout of the experts under `prefix`; "separate" where nothing there says otherwise."""
     mixtral = prefix.replace(".mlp.experts", FILE_NAMES[".mlp.experts"])
-    kind, fp8, here = "separate", False, prefix
+    here = {place: set() for place in (prefix, mixtral)}
     for name in names:
-        if name.startswith(f"{prefix}."):
-            rest = name[len(prefix) + 1 :]
-            fp8 = fp8 or rest.endswith(".weight_scale_inv")
-            if rest == "gate_up_proj_blocks":
-                kind = "blocks"
-            elif rest == "gate_up_proj":
-                kind = "stacked"
-        elif mixtral != prefix and name.startswith(f"{mixtral}."):
-            kind, here = "mixtral", mixtral
-    return Layout(kind, here, fp8)
+        for place, rest in here.items():
+            if name.startswith(f"{place}."):
+                rest.add(name[len(place) + 1 :])
+    found = prefix if here[prefix] or not here[mixtral] else mixtral
+    rest = here[found]
+    kind = "separate" if found == prefix else "mixtral"
+    kind = "blocks" if "gate_up_proj_blocks" in rest else "stacked" if "gate_up_proj" in rest else kind
+    return Layout(kind, found, any(name.endswith(".weight_scale_inv") for name in rest))
 
 
 def blocks_of(length: int) -> int:

@@ -13,6 +13,7 @@ safetensors_torch = pytest.importorskip("safetensors.torch", reason="not run: sa
 from transformers import AutoModelForCausalLM
 
 from megamoe import EPConfig, route
+from megamoe.__main__ import main as cli
 from megamoe.checkpoint import Checkpoint, CheckpointError, load_experts
 from megamoe.integrations import generate
 from megamoe.integrations.dense import load_without_experts
@@ -236,6 +237,21 @@ def test_lockstep_chunks_send_a_long_prompt_in_several_calls(saved):
         calls.clear()
         serving.idle()
         assert calls == [0, 0]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_a_converted_checkpoint_serves_what_quantizing_while_loading_does(saved, family, tmp_path):
+    assert cli(["convert", str(saved[family]), str(tmp_path / "fp8"), "--format", "fp8"]) == 0
+    model = tiny_model(family)
+    expected = served_logits(model, IDS, weight_format="fp8")
+    assert torch.equal(served_logits(model, IDS, weight_format="fp8", checkpoint=tmp_path / "fp8"), expected)
+    assert is_fp8(tmp_path / "fp8") and not is_fp8(saved[family])
+    assert cli(["convert", str(saved["gpt_oss"]), str(tmp_path / "oss"), "--format", "fp8"]) == 1
+
+
+def is_fp8(path) -> bool:
+    checkpoint = Checkpoint(path)
+    return any(checkpoint.describe(name).dtype == "F8_E4M3" for name in checkpoint.names)
 
 
 def test_a_directory_is_loaded_and_served(saved):
