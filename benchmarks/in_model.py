@@ -91,6 +91,7 @@ def logits_row(family: str, device: torch.device, positions: int, sequence: int,
     return row
 
 
+@torch.no_grad()
 def overhead_row(device: torch.device) -> dict:
     """Median host time of one eager call, the queue never full: 50 calls of one token between two synchronizations."""
     if device.type != "cuda":

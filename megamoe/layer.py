@@ -133,24 +133,28 @@ class MoELayer(nn.Module):
         """
         if torch.compiler.is_compiling() and self.workspace.ep_config.virtual_ranks is None:
             return torch_op.call(self, hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out)
-        return self._forward(hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out)
+        if not torch.is_grad_enabled():  # the usual case; switching it off again costs 2 us
+            return self._forward(hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out)
+        with torch.no_grad():
+            return self._forward(hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out)
 
-    @torch.no_grad()
     def _forward(self, hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out):
         workspace, config = self.workspace, self.config
         workspace.check_open()
         if not self._loaded:
             self._take_weights()
-        workspace.before_call(self.index)
         capacity = workspace.ep_config.num_max_tokens_per_rank
         bound = checks.num_tokens_bound(num_tokens_bound, capacity)
-        columns = [
-            self._per_rank(name, value)
-            for name, value in (
-                ("hidden_states", hidden_states), ("topk_idx", topk_idx), ("topk_weights", topk_weights),
-                ("num_tokens", num_tokens), ("out", out),
-            )
-        ]  # fmt: skip
+        if workspace.ep_config.virtual_ranks is None:  # one rank needs no lists: this is host time of every call
+            columns = (hidden_states,), (topk_idx,), (topk_weights,), (num_tokens,), (out,)
+        else:
+            columns = [
+                self._per_rank(name, value)
+                for name, value in (
+                    ("hidden_states", hidden_states), ("topk_idx", topk_idx), ("topk_weights", topk_weights),
+                    ("num_tokens", num_tokens), ("out", out),
+                )
+            ]  # fmt: skip
         inputs, outs = [], []
         for rank, (x, idx, weights, count, rank_out) in zip(self._suffixes(), zip(*columns, strict=True), strict=True):
             x, x_sf = checks.hidden_states(config, workspace.device, rank, x, self._dtype)
@@ -159,6 +163,7 @@ class MoELayer(nn.Module):
             checks.out(config, workspace.device, rank, rank_out, x, self._dtype)
             inputs.append(rank_input)
             outs.append(rank_out)
+        workspace.before_call(self.index)
         try:
             results = self._engine.forward(inputs, bound, outs)
         except MegaMoEError as error:
