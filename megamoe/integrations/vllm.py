@@ -57,7 +57,7 @@ def refusals(moe_config) -> list[str]:
 def _config(moe_config) -> MoEConfig:
     return MoEConfig(
         moe_config.hidden_dim, moe_config.intermediate_size_per_partition, moe_config.num_experts,
-        moe_config.experts_per_token,
+        moe_config.experts_per_token, swiglu_limit=getattr(moe_config, "swiglu_limit", None),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megamoe import MoEConfig
 from megamoe.integrations import engine_layers
 from tests.cpu.engine_stubs import (
     HIDDEN,
@@ -172,6 +173,19 @@ def test_vllm_call_sequence_gives_the_specifications_output(vllm):
             assert torch.equal(y, expected(experts.weights, x, topk_idx, topk_weights))
     assert calls == [5, 5, 0, 0, 40, 40, 1, 1]  # a rank without tokens takes part
     assert kernel.prepare_finalize.output_is_reduced() and kernel.prepare_finalize.num_dispatchers() == 1
+
+
+def test_vllm_clamp_is_part_of_the_layer(vllm):
+    config = MoEConfig(HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOPK, swiglu_limit=0.5)
+    experts, quant = experts_of(config), SimpleNamespace()
+    quant.w1_scale, quant.w2_scale = experts.w13_weight_scale_inv.data, experts.w2_weight_scale_inv.data
+    fused = vllm.MegaMoEExperts(vllm_config(swiglu_limit=0.5), quant)
+    kernel = StubKernel(vllm.MegaMoEPrepareAndFinalize(vllm_config(), quant), fused)
+    fused.process_weights_after_loading(experts)
+    x, topk_idx, topk_weights = tokens(9)
+    y = kernel.apply(x, experts.w13_weight, experts.w2_weight, topk_idx, topk_weights)
+    assert torch.equal(y, expected(experts.weights, x, topk_idx, topk_weights, config))
+    assert not torch.equal(y, expected(experts.weights, x, topk_idx, topk_weights))
 
 
 def test_vllm_layers_share_a_workspace_and_reload_in_place(vllm):
