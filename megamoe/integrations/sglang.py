@@ -3,9 +3,9 @@
     import megamoe.integrations.sglang as adapter
     adapter.install()          # before the model is loaded
 
-Written against SGLang's `layers/moe/mega_moe.py` of commit 04fa8c0 and `mega_moe_sm90.py` of commit 078e5e2 (2026).
-SGLang was not installed where this was written: it has run only under a stub engine that replays SGLang's call sequence
-with real tensors, with the signatures of those commits (tests/cpu/test_engine_sglang.py).
+For SGLang's `layers/moe/mega_moe.py` of commit 04fa8c0 and `mega_moe_sm90.py` of commit 078e5e2 (2026). It has never
+run under SGLang itself: only under a stub engine that replays SGLang's call sequence with real tensors, with the
+signatures of those commits (tests/cpu/test_engine_sglang.py).
 
 Experts come block-FP8 quantized (e4m3, 128 x 128). Ranks without tokens launch too: SGLang then gives topk_ids None.
 topk_ids are physical ids (EPLB's, by `ExpertLocationDispatchInfo`); `get_moe_weights` gives what EPLB may permute.

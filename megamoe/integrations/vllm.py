@@ -2,8 +2,8 @@
 
     from megamoe.integrations.vllm import MegaMoEExperts, MegaMoEPrepareAndFinalize, refusals
 
-Written against vLLM's `modular_kernel.py` of commit 003d383 (2026). vLLM was not installed where this was written: it
-has run only under a stub engine that replays vLLM's call sequence with real tensors, with the signatures of that commit
+For vLLM's `modular_kernel.py` of commit 003d383 (2026). It has never run under vLLM itself: only under a stub engine
+that replays vLLM's call sequence with real tensors, with the signatures of that commit
 (tests/cpu/test_engine_vllm.py). Experts come block-FP8 quantized (e4m3, 128 x 128, activations quantized by the layer).
 
 Two things that differ from other experts. The layer sends tokens itself, so topk_ids stay global and the output comes
