@@ -63,7 +63,7 @@ class MegaMoE:
             make_weights(case, setup.experts_of(case, rank), setup.seed, setup.device) for rank in setup.ranks_here
         ]
         columns = [self._per_rank(list(column)) for column in zip(*weights, strict=True)]
-        linear1, linear1_sf, linear2, linear2_sf = columns
+        linear1, linear1_sf, linear2, linear2_sf = columns[:4]
         self._layer.load_weights(linear1, linear2, linear1_sf, linear2_sf)
 
     def _per_rank(self, values: list):

@@ -78,7 +78,7 @@ def make_weights(case, experts, seed: int, device) -> ExpertWeights:
         torch.empty(num, hidden // BLOCK, inter // BLOCK, device=device),
     )
     for slot, expert in enumerate(experts):
-        fill_expert(case, expert, seed, *(tensor[slot] for tensor in weights))
+        fill_expert(case, expert, seed, *(tensor[slot] for tensor in weights[:4]))
     return weights
 
 

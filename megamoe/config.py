@@ -10,6 +10,7 @@ BLOCK = 128
 convention)."""
 
 WEIGHT_FORMATS = ("fp8", "bf16")
+ACTIVATIONS = ("swiglu", "swiglu_oai")
 
 
 def _check_int(name: str, value, low: int, high: int | None = None) -> None:
@@ -47,6 +48,8 @@ class MoEConfig:
     weight_format: "fp8" (e4m3 operands with fp32 scale factors), or "bf16" (no quantizers; CPU only; also serves fp32
         models).
     swiglu_limit: None, or the clamp of the SwiGLU inputs: gate <= limit, |up| <= limit.
+    activation: "swiglu", or "swiglu_oai", gpt-oss's variant: steps.swiglu has both formulas. CPU only.
+    bias: whether both linears add one: steps.ExpertWeights has shapes and dtypes. CPU only.
     ValueError or TypeError names the field, its value and the nearest legal ones.
     """
 
@@ -56,6 +59,8 @@ class MoEConfig:
     topk: int
     weight_format: str = "fp8"
     swiglu_limit: float | None = None
+    activation: str = "swiglu"
+    bias: bool = False
 
     def __post_init__(self):
         _check_multiple("hidden", self.hidden, BLOCK)
@@ -68,6 +73,10 @@ class MoEConfig:
             )
         if self.swiglu_limit is not None:
             _check_positive("swiglu_limit", self.swiglu_limit)
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} must be one of {', '.join(map(repr, ACTIVATIONS))}")
+        if not isinstance(self.bias, bool):
+            raise TypeError(f"bias={self.bias!r} has type {type(self.bias).__name__}; pass True or False")
 
     def num_local_experts(self, ep_size: int) -> int:
         """Experts on each of ``ep_size`` ranks; expert e lives on rank e // num_local_experts. ValueError if uneven."""

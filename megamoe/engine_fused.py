@@ -47,6 +47,13 @@ def together(group, deadline_s: float):
             raise MegaMoEError(f"rank {rank} could not prepare its workspace: {theirs}", record)
 
 
+def blocks_of(configs, ep_size: int, capacity: int) -> list[int]:
+    """Every block that calls of up to `capacity` tokens a rank can choose."""
+    largest = [tiles.choose_block_tokens(c, ep_size, capacity) for c in configs]
+    smallest = [tiles.choose_block_tokens(c, ep_size, 1) for c in configs]
+    return [block for block in layout.BLOCK_TOKENS if min(smallest) <= block <= max(largest)]
+
+
 class FusedWorkspace:
     """Symmetric arena, local workspace, status record and loaded kernels of one process.
 
@@ -93,9 +100,7 @@ class FusedWorkspace:
         return arena_bytes
 
     def _load_kernels(self, configs) -> dict[int, LoadedKernel]:
-        largest = [tiles.choose_block_tokens(c, self.ep_size, self.ep_config.num_max_tokens_per_rank) for c in configs]
-        smallest = [tiles.choose_block_tokens(c, self.ep_size, 1) for c in configs]
-        wanted = [block for block in layout.BLOCK_TOKENS if min(smallest) <= block <= max(largest)]
+        wanted = blocks_of(configs, self.ep_size, self.ep_config.num_max_tokens_per_rank)
         with ThreadPoolExecutor(max_workers=4) as pool:  # into the compiler's memory; loading is not for threads
             list(pool.map(_compiled, wanted))
         return {block: self.load_kernel(block) for block in wanted}
@@ -265,6 +270,16 @@ class FusedEngine:
             for e in range(linear1.shape[0]):
                 pack_expert(1, w.linear1[e], w.linear1_sf[e], linear1[e])
                 pack_expert(2, w.linear2[e], w.linear2_sf[e], linear2[e])
+
+    def expert_tensors(self) -> list[list[Tensor]]:
+        """Per rank its images, tensors with experts along the first dimension."""
+        return [list(rank) for rank in self.images]
+
+    def share_weights(self, other: "FusedEngine") -> None:
+        """Use what `other` has loaded, now and later."""
+        self.images = other.images
+        for mine, theirs in zip(self.params.ranks, other.params.ranks, strict=True):
+            mine.linear1, mine.linear2 = theirs.linear1, theirs.linear2
 
     def forward(self, inputs: list[RankInput], num_tokens_bound: int, outs: list[Tensor | None]) -> list[Tensor]:
         shared, p = self.shared, self.params

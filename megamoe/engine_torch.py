@@ -43,6 +43,14 @@ class TorchEngine:
             self.wait_s += self.exchange.wait_s - waited
         return [y if out is None else out.copy_(y) for y, out in zip(results, outs, strict=True)]
 
+    def share_weights(self, other: "TorchEngine") -> None:
+        """Use what `other` has loaded, now and later."""
+        self.weights = other.weights
+
+    def expert_tensors(self) -> list[list[Tensor]]:
+        """Per rank what it was loaded with, tensors with experts along the first dimension."""
+        return [[t for t in rank if t is not None] for rank in self.weights]
+
     def check(self) -> None:
         """Nothing is pending: every error of the torch path is raised by forward itself."""
 

@@ -35,9 +35,28 @@ def tensor(
 
 
 def expert_weights(
+    config: MoEConfig, num_local_experts: int, device: torch.device, rank: str, linear1, linear1_sf, linear2,
+    linear2_sf, linear1_bias=None, linear2_bias=None,
+) -> ExpertWeights:  # fmt: skip
+    """Check one rank's weights; floating ones of the fp8 format are quantized by block, biases become fp32."""
+    weights = _weights(config, num_local_experts, device, rank, linear1, linear1_sf, linear2, linear2_sf)
+    biases = {}
+    for name, bias, columns in (
+        ("linear1_bias", linear1_bias, 2 * config.intermediate), ("linear2_bias", linear2_bias, config.hidden)
+    ):  # fmt: skip
+        if config.bias:
+            tensor(f"{name}{rank}", bias, (num_local_experts, columns), LOADABLE, device)
+            biases[name] = bias.float()
+        elif bias is not None:
+            raise ValueError(
+                f"{name}{rank} was given, but the layer's MoEConfig has bias=False; drop it or set bias=True"
+            )
+    return weights._replace(**biases)
+
+
+def _weights(
     config: MoEConfig, num_local_experts: int, device: torch.device, rank: str, linear1, linear1_sf, linear2, linear2_sf
 ) -> ExpertWeights:
-    """Check one rank's weights; floating ones of the fp8 format are quantized by block."""
     shape1 = (num_local_experts, 2 * config.intermediate, config.hidden)
     shape2 = (num_local_experts, config.hidden, config.intermediate)
     if config.weight_format == "fp8":

@@ -78,6 +78,10 @@ def _device_reasons(
         reasons.append(
             f"weight_format={config.weight_format!r} runs on CPU only; use device='cpu' or weight_format='fp8'"
         )
+    if config.activation != "swiglu":
+        reasons.append(f"activation={config.activation!r} has no kernel yet; use device='cpu'")
+    if config.bias:
+        reasons.append("bias=True has no kernel yet; use device='cpu'")
     if not torch.cuda.is_available():
         return [
             *reasons,

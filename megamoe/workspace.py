@@ -7,10 +7,12 @@ from dataclasses import asdict, replace
 import torch
 import torch.distributed as dist
 
+from megamoe.call_order import call_order, next_workspace_index
 from megamoe.config import EPConfig, MoEConfig
 from megamoe.domains.places import Place, check_domains, domains_of, place_of
 from megamoe.errors import MegaMoEError, absent_ranks_named
 from megamoe.exchange import DistExchange, LocalExchange
+from megamoe.streams import StreamOwner
 from megamoe.support import support
 from megamoe_cuda.gather import gather
 
@@ -58,6 +60,8 @@ class Workspace:
         self.group = group
         group_size = dist.get_world_size(group) if group is not None else 1
         self.ep_rank = dist.get_rank(group) if group is not None else 0
+        self.streams, self.order = StreamOwner(), call_order(group, ep_config.arrive_deadline_s)
+        self.index, self.layers = next_workspace_index(), []
         self.num_ranks_here = ep_config.virtual_ranks or 1
         self.ep_size = ep_config.virtual_ranks or group_size
         with absent_ranks_named():
@@ -74,8 +78,10 @@ class Workspace:
             self.domains = Domains(self, self.ep_config.ranks_per_domain)
         elif self.is_cuda:
             from megamoe.engine_fused import FusedWorkspace  # only here: the CPU path must not need CUDA packages
+            from megamoe.warmup import compile_once_a_node
 
             with absent_ranks_named():
+                compile_once_a_node(self)
                 self.fused = FusedWorkspace(self)
         elif group_size > 1:
             self.exchange = DistExchange(group, ep_config.arrive_deadline_s, ep_config.step_deadline_s)
@@ -88,6 +94,31 @@ class Workspace:
             raise MegaMoEError("the workspace is closed; create a new one")
         if self.poisoned is not None:
             raise MegaMoEError(f"an earlier call failed ({self.poisoned}); call workspace.reset() on all ranks first")
+
+    def use_stream(self, stream=None) -> None:
+        """Hand the workspace to another CUDA stream (None: the current one), which waits for the last call on the old.
+
+        Not needed where all calls come on one stream, or where the old stream is idle. No meaning on a CPU."""
+        if self.is_cuda:
+            self.streams.hand_over(stream or torch.cuda.current_stream(self.device))
+
+    def before_call(self, layer_index: int) -> None:
+        """What every call of a layer begins with: one stream at a time, the same order on all ranks (MEGAMOE_DEBUG)."""
+        if self.is_cuda:
+            stream = torch.cuda.current_stream(self.device)
+            self.streams.check(stream, torch.cuda.is_current_stream_capturing)
+        if self.order is not None:
+            self.order.compare(f"layer {layer_index} of workspace {self.index}")
+
+    def warmup(self) -> None:
+        """Run every layer that has weights once, without tokens: what loads on first use is then loaded. Collective.
+
+        Kernels are compiled before, by the constructor. Twice is harmless; a first call without it is only slower."""
+        self.check_open()
+        for layer in filter(None, (reference() for reference in self.layers)):
+            layer.warmup()
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
 
     def poison(self, error: MegaMoEError) -> None:
         """Refuse every call from now on until reset(). The first error is kept."""

@@ -75,6 +75,13 @@ class TwoLevelEngine:
         results = call([rows for rows, _ in packed], packed[0][1], num_tokens_bound)
         return [y if out is None else out.copy_(y) for y, out in zip(results, outs, strict=True)]
 
+    def share_weights(self, other: "TwoLevelEngine") -> None:
+        for engine, theirs in zip(self.engines, other.engines, strict=True):
+            engine.share_weights(theirs)
+
+    def expert_tensors(self) -> list[list[Tensor]]:
+        return [tensors for engine in self.engines for tensors in engine.expert_tensors()]
+
     def check(self) -> None:
         for engine in self.engines:
             self._in_domain(engine, engine.check)
