@@ -53,7 +53,8 @@ u32 pair_tickets(const u32* rows, u32 experts, u32 n1, u32 n2, u32 group, u32 la
     }
     s.num_m_blocks = block;
     Launch launch{0, n1, n2, {group, lag}};
-    const u32 tickets = num_tickets(launch, s);
+    count_tickets(launch, s);
+    const u32 tickets = s.num_tickets;
     for (u32 ticket = 0; ticket < min_u32(tickets, room); ++ticket)
         for (launch.cta = 0; launch.cta < 2; ++launch.cta) {
             TileSlot t;
@@ -83,7 +84,7 @@ constexpr u32 kMaxLocalExperts = %(experts)s;
 %(tile_slot)s
 struct Pair { static constexpr u32 kCluster = 2, kBlockTokens = 128; };
 template <class C> struct SharedStorage {
-    u32 num_m_blocks, row_offset[kMaxLocalExperts + 1];
+    u32 num_m_blocks, num_tickets, only_pairs, pair_ratio, row_offset[kMaxLocalExperts + 1];
     u16 block_offset[kMaxLocalExperts + 1], pair_offset[kMaxLocalExperts + 1], single_offset[kMaxLocalExperts + 1];
 };
 struct Launch {

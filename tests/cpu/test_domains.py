@@ -28,7 +28,7 @@ def bits(tensors):
 
 def call(workspace, case, **more):
     layer = MoELayer(case.config, workspace)
-    linear1, linear1_sf, linear2, linear2_sf = map(list, zip(*case.weights, strict=True))
+    linear1, linear1_sf, linear2, linear2_sf = map(list, zip(*(w[:4] for w in case.weights), strict=True))
     if case.config.weight_format == "fp8":
         layer.load_weights(linear1, linear2, linear1_sf, linear2_sf)
     else:

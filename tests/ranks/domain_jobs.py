@@ -95,7 +95,7 @@ def with_redundancy(info):
         inputs.append(made._replace(topk_idx=torch.from_numpy(idx), topk_weights=routed.topk_weights))
     placed = torch.from_numpy(plan.physical_to_logical[0].astype(np.int64)).view(info.ep_size, -1)
     weights = [
-        ExpertWeights(*(t.view(torch.uint8)[own].view(t.dtype) if t.element_size() == 1 else t[own] for t in logical))
+        ExpertWeights(*(t.view(torch.uint8)[own].view(t.dtype) if t.element_size() == 1 else t[own] for t in logical[:4]))
         for own in placed
     ]
     case = Case(config, info.ep_size, tuple(range(info.ep_size)), weights, inputs)

@@ -171,7 +171,7 @@ FAULTS = (
           "step preparation: rank 1 could not prepare its workspace: .*[Oo]ut of memory|allocating symmetric memory",
           "[Oo]ut of memory|allocating symmetric memory", 30.0, num_ranks=RANKS),
     Fault("two GPUs: a rank comes late to the workspace", "workspace", at_workspace,
-          "rank 0 waited 3.0 s at workspace for rank 1", "rank 0", DEADLINE_S, num_ranks=RANKS),
+          "rank 0 waited 3.0 s at places for rank 1", "rank 0", DEADLINE_S, num_ranks=RANKS),
     Fault("two GPUs: a rank closes its workspace early", "dispatch", closes_early,
           GONE, "rank 1 waited 3.0 s at arena for rank 0", DEADLINE_S, True, RANKS),
     Fault("two GPUs: a rank dies before a call", "dispatch", dies("before"), GONE, None, DEADLINE_S, True, RANKS),
