@@ -163,7 +163,12 @@ def test_warmup_is_idempotent_and_calls_each_loaded_layer_once(monkeypatch):
     with Workspace(CONFIG, EPConfig(8), device="cpu") as workspace:
         loaded, _empty = load(MoELayer(CONFIG, workspace)), MoELayer(CONFIG, workspace)
         calls = []
-        monkeypatch.setattr(loaded._engine, "forward", lambda inputs, *_: calls.append(len(inputs[0].x)) or [inputs[0].x])
+
+        def forward(inputs, *_):
+            calls.append(len(inputs[0].x))
+            return [inputs[0].x]
+
+        monkeypatch.setattr(loaded._engine, "forward", forward)
         workspace.warmup()
         workspace.warmup()
         assert calls == [0, 0]
