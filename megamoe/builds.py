@@ -3,7 +3,7 @@ all of it."""
 
 from typing import NamedTuple
 
-from megamoe.layout import BLOCK_TOKENS
+from megamoe.layout import BLOCK_TOKENS, MXFP4_BLOCK_TOKENS
 
 
 class KernelBuild(NamedTuple):
@@ -12,13 +12,20 @@ class KernelBuild(NamedTuple):
     name: str
     source: str
     entry: str
-    defines: dict[str, int]
+    defines: dict[str, int | str]
 
 
-def kernel_build(block_tokens: int) -> KernelBuild:
-    """The fused kernel for tiles of `block_tokens` rows, one of layout.BLOCK_TOKENS."""
-    return KernelBuild(f"mega_moe, {block_tokens} tokens", "mega_moe.cu", "mega_moe", {"BLOCK_TOKENS": block_tokens})
+TILES = {"fp8": BLOCK_TOKENS, "mxfp4": MXFP4_BLOCK_TOKENS}
+"""Tokens of a tile that the kernel is built for, by weight format."""
+
+
+def kernel_build(block_tokens: int, weight_format: str = "fp8") -> KernelBuild:
+    """The fused kernel for tiles of `block_tokens` rows, one of TILES[weight_format]."""
+    defines, name = {"BLOCK_TOKENS": block_tokens}, f"mega_moe, {block_tokens} tokens"
+    if weight_format == "mxfp4":
+        defines, name = defines | {"WEIGHT_FORMAT": "kMxfp4"}, f"mega_moe mxfp4, {block_tokens} tokens"
+    return KernelBuild(name, "mega_moe.cu", "mega_moe", defines)
 
 
 def kernel_builds() -> tuple[KernelBuild, ...]:
-    return tuple(kernel_build(block_tokens) for block_tokens in BLOCK_TOKENS)
+    return tuple(kernel_build(block, weight_format) for weight_format, tiles in TILES.items() for block in tiles)

@@ -8,26 +8,44 @@ import torch
 from torch import Tensor
 
 from megamoe import layout
-from megamoe.builds import kernel_build
+from megamoe.builds import TILES, kernel_build
 from megamoe.config import MoEConfig
 from megamoe.errors import ErrorRecord, MegaMoEError
-from megamoe.quant.weights import image_shape, pack_expert
+from megamoe.quant import mxfp4_images
+from megamoe.quant import weights as fp8_images
 from megamoe.steps import ExpertWeights, RankInput
 from megamoe_cuda.compile import compile_kernel
 from megamoe_cuda.device import device_info
 from megamoe_cuda.launch import LoadedKernel, read_symbol_u32
 from megamoe_cuda.symmetric import HostStatus, NvshmemMemory, OneGpuMemory
 
+IMAGES = {"fp8": fp8_images, "mxfp4": mxfp4_images}
+"""How a weight format is packed: image_shape and pack_expert."""
+
 
 def choose_block_tokens(config: MoEConfig, ep_size: int, num_tokens_bound: int) -> int:
     """Tokens of a tile, from values equal on all ranks.
 
     With r rows an expert on average, the smallest block that holds r and 1.5 standard deviations of a uniform routing:
-    a second block of the same expert reads its weights again. Beyond 64, tokens go to the wgmma M side.
+    a second block of the same expert reads its weights again. Beyond 64, tokens go to the wgmma M side (FP8).
     """
     rows = max(num_tokens_bound, 1) * ep_size * config.topk / config.num_experts
     wanted = rows + 1.5 * math.sqrt(rows)
-    return next((block for block in layout.BLOCK_TOKENS if block >= wanted), layout.BLOCK_TOKENS[-1])
+    tiles = TILES[config.weight_format]
+    return next((block for block in tiles if block >= wanted), tiles[-1])
+
+
+def choose_order(config: MoEConfig, ep_size: int, num_tokens_bound: int) -> tuple[int, int]:
+    """order_group and order_lag of csrc/sched/order.cuh: a group of 128-row tiles is pairs of blocks.
+
+    Few rows an expert: all of linear1, then all of linear2. More than one block: waves of 1024 or 2048 rows (two rounds
+    of the GPU at intermediate 2048 and 128 rows), linear2 two waves behind.
+    """
+    block = choose_block_tokens(config, ep_size, num_tokens_bound)
+    if block == 128:
+        return 8, 2
+    many = num_tokens_bound * ep_size * config.topk > 2 * block * config.num_experts
+    return (16, 2) if many else (1, 1 << 20)
 
 
 class FusedWorkspace:
@@ -64,17 +82,20 @@ class FusedWorkspace:
             self.status = HostStatus(self.num_ranks * ctypes.sizeof(layout.KernelStatus))
             self._clear()
 
-    def _load_kernels(self, configs) -> dict[int, LoadedKernel]:
-        largest = [choose_block_tokens(c, self.ep_size, self.ep_config.num_max_tokens_per_rank) for c in configs]
-        smallest = [choose_block_tokens(c, self.ep_size, 1) for c in configs]
-        wanted = [block for block in layout.BLOCK_TOKENS if min(smallest) <= block <= max(largest)]
-        builds = [kernel_build(block) for block in wanted]
+    def _load_kernels(self, configs) -> dict[tuple[str, int], LoadedKernel]:
+        wanted = []  # (weight format, tokens of a tile)
+        for weight_format in sorted({c.weight_format for c in configs}):
+            here = [c for c in configs if c.weight_format == weight_format]
+            largest = max(choose_block_tokens(c, self.ep_size, self.ep_config.num_max_tokens_per_rank) for c in here)
+            smallest = min(choose_block_tokens(c, self.ep_size, 1) for c in here)
+            wanted += [(weight_format, block) for block in TILES[weight_format] if smallest <= block <= largest]
+        builds = [kernel_build(block, weight_format) for weight_format, block in wanted]
         with ThreadPoolExecutor(max_workers=4) as pool:
             compiled = list(pool.map(lambda b: compile_kernel(b.source, b.entry, b.defines), builds))
         kernels = {}
-        for block, build, kernel in zip(wanted, builds, compiled, strict=True):
+        for key, build, kernel in zip(wanted, builds, compiled, strict=True):
             shared_bytes = read_symbol_u32(kernel.cubin, "mega_moe_shared_bytes")
-            kernels[block] = LoadedKernel(kernel.cubin, build.entry, shared_bytes)
+            kernels[key] = LoadedKernel(kernel.cubin, build.entry, shared_bytes)
         return kernels
 
     def _clear(self) -> None:
@@ -182,7 +203,8 @@ class FusedEngine:
         self.images: list[tuple[Tensor, Tensor]] = []
         shared = self.shared
         sizes = (config.num_local_experts(shared.ep_size), config.hidden, config.intermediate)
-        self.shapes = image_shape(1, *sizes), image_shape(2, *sizes)
+        self.packing = IMAGES[config.weight_format]
+        self.shapes = self.packing.image_shape(1, *sizes), self.packing.image_shape(2, *sizes)
         self.params = shared.base_params()
         p = self.params
         p.hidden, p.intermediate, p.topk = config.hidden, config.intermediate, config.topk
@@ -200,8 +222,8 @@ class FusedEngine:
                 rank.linear1, rank.linear2 = linear1.data_ptr(), linear2.data_ptr()
         for (linear1, linear2), w in zip(self.images, weights, strict=True):
             for e in range(linear1.shape[0]):
-                pack_expert(1, w.linear1[e], w.linear1_sf[e], linear1[e])
-                pack_expert(2, w.linear2[e], w.linear2_sf[e], linear2[e])
+                self.packing.pack_expert(1, w.linear1[e], w.linear1_sf[e], linear1[e])
+                self.packing.pack_expert(2, w.linear2[e], w.linear2_sf[e], linear2[e])
 
     def forward(self, inputs: list[RankInput], num_tokens_bound: int, outs: list[Tensor | None]) -> list[Tensor]:
         shared, p = self.shared, self.params
@@ -223,9 +245,7 @@ class FusedEngine:
         p.weights_are_bf16 = first.topk_weights.dtype == torch.bfloat16
 
         block = choose_block_tokens(self.config, shared.ep_size, num_tokens_bound)
-        # Few rows an expert: all of linear1, then all of linear2. Many: waves of 8 pairs of blocks (two rounds of the
-        # GPU at intermediate 2048), linear2 two waves behind.
-        p.order_group, p.order_lag = (1, 1 << 20) if block <= 64 else (8, 2)
+        p.order_group, p.order_lag = choose_order(self.config, shared.ep_size, num_tokens_bound)
         warps = shared.ctas_per_rank * layout.EXCHANGE_WARPS
         p.combine_columns = min(
             hidden, math.ceil(max(num_tokens_bound, 1) * hidden / warps / layout.COMBINE_STEP) * layout.COMBINE_STEP
@@ -233,7 +253,8 @@ class FusedEngine:
         p.combine_chunks = -(-hidden // p.combine_columns)
         with torch.cuda.device(shared.device):
             stream = torch.cuda.current_stream().cuda_stream
-            shared.kernels[block].launch(stream, shared.ctas_per_rank * shared.num_ranks, layout.NUM_THREADS, p)
+            kernel = shared.kernels[self.config.weight_format, block]
+            kernel.launch(stream, shared.ctas_per_rank * shared.num_ranks, layout.NUM_THREADS, p)
         return outs
 
     def check(self) -> None:

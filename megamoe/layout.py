@@ -32,8 +32,17 @@ IMAGE_SF_OFFSET = N_BLOCK * K_BLOCK
 IMAGE_COPY_BYTES = IMAGE_SF_OFFSET + 16  # what one bulk copy moves: e4m3 values, two fp32 scale factors, padding
 IMAGE_PITCH_BYTES = IMAGE_SF_OFFSET + 128
 
+# The same of an MXFP4 image: codes, then one scale byte per 32 codes, then two fp32 bases (quant/mxfp4_images.py).
+MXFP4_GROUP = 32  # codes that share a UE8M0 scale
+MXFP4_SCALES_OFFSET = N_BLOCK * K_BLOCK // 2
+MXFP4_IMAGE_SF_OFFSET = MXFP4_SCALES_OFFSET + N_BLOCK * K_BLOCK // MXFP4_GROUP
+MXFP4_IMAGE_COPY_BYTES = MXFP4_IMAGE_SF_OFFSET + 16
+MXFP4_IMAGE_PITCH_BYTES = MXFP4_IMAGE_SF_OFFSET + 128
+
 # Tokens of a tile. Up to 64 rows the weights lie on the wgmma M side and tokens on N; 128 puts the tokens on M.
 BLOCK_TOKENS = (8, 16, 32, 64, 128)
+# MXFP4 weights are decoded into registers, and only the wgmma M side may come from there.
+MXFP4_BLOCK_TOKENS = (8, 16, 32, 64)
 
 ROLES = ("none", "plan", "weights", "tokens", "math", "store", "exchange", "exit")
 STEPS = ("none", "dispatch", "plan", "linear1", "swiglu", "linear2", "combine")
@@ -305,11 +314,15 @@ def render_header() -> str:
         ("kCombineStep", COMBINE_STEP),
         ("kKBlock", K_BLOCK),
         ("kNBlock", N_BLOCK),
-        ("kImageSfOffset", IMAGE_SF_OFFSET),
-        ("kImageCopyBytes", IMAGE_COPY_BYTES),
+        ("kFp8ImageSfOffset", IMAGE_SF_OFFSET),
+        ("kFp8ImageCopyBytes", IMAGE_COPY_BYTES),
         ("kTraceRecords", TRACE_RECORDS),
         ("kNumTraceRoles", len(TRACE_ROLES)),
-        ("kImagePitchBytes", IMAGE_PITCH_BYTES),
+        ("kFp8ImagePitchBytes", IMAGE_PITCH_BYTES),
+        ("kMxfp4ScalesOffset", MXFP4_SCALES_OFFSET),
+        ("kMxfp4ImageSfOffset", MXFP4_IMAGE_SF_OFFSET),
+        ("kMxfp4ImageCopyBytes", MXFP4_IMAGE_COPY_BYTES),
+        ("kMxfp4ImagePitchBytes", MXFP4_IMAGE_PITCH_BYTES),
     )
     out.append("".join(f"constexpr u32 {name} = {value};\n" for name, value in constants))
     enums = (("Role", ROLES), ("Step", STEPS), ("Code", CODES), ("Trace", TRACE_ROLES), ("Event", TRACE_EVENTS))

@@ -208,7 +208,7 @@ def trace_call(config, num_tokens: int, virtual_ranks: int, prequantized: bool) 
     ep_config = EPConfig(num_tokens, virtual_ranks=virtual_ranks)
     ranks = range(virtual_ranks)
     block = choose_block_tokens(config, virtual_ranks, num_tokens)
-    build = kernel_build(block)
+    build = kernel_build(block, config.weight_format)
     with Workspace(config, ep_config, device="cuda") as workspace, MoELayer(config, workspace) as layer:
         weights = [make_weights(1, config, virtual_ranks, rank, "cuda") for rank in ranks]
         layer.load_weights(*([getattr(w, name) for w in weights]
@@ -232,11 +232,11 @@ def trace_call(config, num_tokens: int, virtual_ranks: int, prequantized: bool) 
 
         fused, num_ctas = workspace.fused, workspace.fused.ctas_per_rank
         cubin = compile_kernel(build.source, build.entry, build.defines | {"TRACE": 1}).cubin
-        shipped = fused.kernels[block]
+        shipped = fused.kernels[config.weight_format, block]
         traced = LoadedKernel(cubin, build.entry, read_symbol_u32(cubin, "mega_moe_shared_bytes"))
         shape = num_ctas, len(TRACE_ROLES), TRACE_RECORDS, 2
         buffers = [torch.zeros(shape, dtype=torch.int64, device="cuda") for _ in ranks]
-        fused.kernels[block] = traced
+        fused.kernels[config.weight_format, block] = traced
         try:
             call(WARM_UP_CALLS)  # without a buffer nothing is noted
             for rank, buffer in enumerate(buffers):
@@ -246,7 +246,7 @@ def trace_call(config, num_tokens: int, virtual_ranks: int, prequantized: bool) 
             layer.check()
         finally:
             torch.cuda.synchronize()
-            fused.kernels[block] = shipped
+            fused.kernels[config.weight_format, block] = shipped
             traced.close()
         lists = [decode(buffer.flatten().tolist(), num_ctas) for buffer in buffers]
     words = (f"{config.hidden}/{config.intermediate}, {config.num_experts} experts, topk {config.topk}, {num_tokens} "

@@ -28,7 +28,7 @@ MOE_DEVICE const u8* first_image(const Launch& l, const TileSlot& t, u32 k_block
     const bool second = t.kind == kTile_linear2;
     const u32 n_blocks = second ? l.n_blocks2() : l.n_blocks1();
     return reinterpret_cast<const u8*>(second ? l.me.linear2 : l.me.linear1) +
-           (u64(t.expert) * n_blocks + t.n_block) * k_blocks * u64(kImagePitchBytes);
+           (u64(t.expert) * n_blocks + t.n_block) * k_blocks * u64(C::kImagePitchBytes);
 }
 
 // One image, or in a pair half of it for both CTAs: the other half comes from the partner. Both halves count on this
@@ -38,13 +38,13 @@ MOE_DEVICE void load_image(const Launch& l, SharedStorage<C>& s, const u8* image
     const u64 policy = ptx::policy_evict_first();
     u64* full = &s.weights_full[stage];
     u8* to = s.stages[stage].weights;
-    ptx::mbarrier_arrive_expect_tx(full, kImageCopyBytes);
+    ptx::mbarrier_arrive_expect_tx(full, C::kImageCopyBytes);
     if (C::kCluster == 1 || !shares) {
-        ptx::bulk_load_hint(to, image, kImageCopyBytes, full, policy);
+        ptx::bulk_load_hint(to, image, C::kImageCopyBytes, full, policy);
     } else {
-        constexpr u32 kHalf = kImageSfOffset / 2;
+        constexpr u32 kHalf = C::kImageSfOffset / 2;
         const u32 begin = l.cta % 2 ? kHalf : 0;
-        ptx::bulk_load_pair(to + begin, image + begin, begin ? kImageCopyBytes - kHalf : kHalf, full, policy);
+        ptx::bulk_load_pair(to + begin, image + begin, begin ? C::kImageCopyBytes - kHalf : kHalf, full, policy);
     }
 }
 
@@ -89,7 +89,7 @@ MOE_DEVICE void load_weights(const Launch& l, SharedStorage<C>& s) {
         draws.draw(l);  // its latency hides behind the first stages
         const u32 k_blocks = (t.kind == kTile_linear2 ? l.p.intermediate : l.p.hidden) / kKBlock;
         const u8* image = first_image<C>(l, t, k_blocks);
-        for (u32 k = 0; k < k_blocks; ++k, image += kImagePitchBytes, stage.advance()) {
+        for (u32 k = 0; k < k_blocks; ++k, image += C::kImagePitchBytes, stage.advance()) {
             wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());
             load_image(l, s, image, stage.slot(), t.shares_weights);
             if (k == min_u32(kAnnounceAt, k_blocks - 1)) announce(l, s, draws.take(l, s, number), tickets, number + 1);
