@@ -16,7 +16,7 @@ struct Config {
     static constexpr u32 kBlockTokens = kBlockTokens_;
     static constexpr bool kIsMxfp4 = kFormat_ == kMxfp4;
     // Few rows an expert: weights are the wgmma M side, so padding costs at most 7 token columns. Many: tokens are.
-    static constexpr bool kWeightsOnM = kBlockTokens <= 64;
+    static constexpr bool kWeightsOnM = kIsMxfp4 || kBlockTokens <= 64;
 
     static constexpr u32 kImageSfOffset = kIsMxfp4 ? kMxfp4ImageSfOffset : kFp8ImageSfOffset;
     static constexpr u32 kImageCopyBytes = kIsMxfp4 ? kMxfp4ImageCopyBytes : kFp8ImageCopyBytes;
@@ -39,11 +39,11 @@ struct Config {
     static constexpr u32 kStagingBytes =
         align_up(kWeightsOnM ? kBlockTokens * kStagingRowBytes : max_u32(kHImageBytes, 8 * kSliceBytes), 128);
     // Routing tables up to this many slots are counted by every CTA alone; larger ones by the grid, with two barriers.
-    static constexpr u32 kSmallTable = kWeightsOnM ? 3840 : 0;
+    static constexpr u32 kSmallTable = kBlockTokens <= 64 ? 3840 : 0;
 
     static constexpr u32 kSharedLimit = 232448;  // 227 KiB: the most a CTA can have on sm_90
-    static_assert(kBlockTokens % 8 == 0 && (kBlockTokens <= 64 || kBlockTokens == 128));
-    static_assert(kWeightsOnM || !kIsMxfp4, "only wgmma's M side may come from registers");
+    static_assert(kBlockTokens % 8 == 0 &&
+                  (kBlockTokens <= 64 || (kIsMxfp4 ? kBlockTokens <= 104 : kBlockTokens == 128)));
 };
 
 constexpr u32 kTileSlots = 4;    // tiles announced ahead of the math warps

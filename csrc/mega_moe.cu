@@ -55,7 +55,7 @@ using namespace moe;
 // Bytes of dynamic shared memory, read by the host: this file is where that number is known.
 extern "C" __device__ const u32 mega_moe_shared_bytes = kSharedBytes<Kernel>;
 
-#if BLOCK_TOKENS > 64
+#if BLOCK_TOKENS == 128
 #define MOE_CLUSTER __cluster_dims__(2, 1, 1)
 static_assert(Kernel::kCluster == 2);
 #else

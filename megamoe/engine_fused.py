@@ -38,14 +38,13 @@ def choose_block_tokens(config: MoEConfig, ep_size: int, num_tokens_bound: int) 
 def choose_order(config: MoEConfig, ep_size: int, num_tokens_bound: int) -> tuple[int, int]:
     """order_group and order_lag of csrc/sched/order.cuh: a group of 128-row tiles is pairs of blocks.
 
-    Few rows an expert: all of linear1, then all of linear2. More than one block: waves of 1024 or 2048 rows (two rounds
-    of the GPU at intermediate 2048 and 128 rows), linear2 two waves behind.
+    Few rows an expert: all of linear1, then all of linear2. Many: waves of 16 blocks (two rounds of the GPU at
+    intermediate 2048), linear2 two waves behind.
     """
     block = choose_block_tokens(config, ep_size, num_tokens_bound)
-    if block == 128:
-        return 8, 2
-    many = num_tokens_bound * ep_size * config.topk > 2 * block * config.num_experts
-    return (16, 2) if many else (1, 1 << 20)
+    if block <= 64:
+        return 1, 1 << 20
+    return (8 if block == 128 else 16), 2
 
 
 class FusedWorkspace:

@@ -5,7 +5,6 @@
 #include "config.cuh"
 #include "debug/trace.cuh"
 #include "gemm/mainloop_sums.cuh"
-#include "gemm/mxfp4.cuh"
 #include "ptx/wgmma.cuh"
 #include "roles.cuh"
 #include "sync/ring.cuh"
@@ -89,7 +88,6 @@ MOE_DEVICE void accumulate_stage_tokens_on_m(Accumulator<C>& out, const Stage& s
 template <class C>
 MOE_DEVICE void accumulate(const Launch& l, SharedStorage<C>& s, Accumulator<C>& out, RingPosition<kStages<C>>& stage,
                            const TileSlot& t) {
-    if constexpr (C::kIsMxfp4) return accumulate_mxfp4(l, s, out, stage, t);
     const u32 lane = lane_id(), warp = warp_id(), warpgroup = __shfl_sync(~0u, warp / 4, 0);
     const bool second = t.kind == kTile_linear2;
     const u32 k_blocks = (second ? l.p.intermediate : l.p.hidden) / kKBlock;

@@ -66,8 +66,11 @@ MOE_DEVICE void accumulate_mxfp4(const Launch& l, SharedStorage<C>& s, Accumulat
     const bool second = t.kind == kTile_linear2;
     const u32 k_blocks = (second ? l.p.intermediate : l.p.hidden) / kKBlock;
     clear(out);
+    // Up to 64 tokens each slab has accumulators of its own, and is promoted while the other's products are summed.
+    // More tokens leave registers for one: the other warpgroup's products must fill the pauses.
+    constexpr u32 kAccumulators = kN <= 64 ? 2 : 1, kOther = kAccumulators - 1;
     DecodedSlab slab[2];
-    f32 acc[2][kRegisters], low = 0, high = 0;
+    f32 acc[kAccumulators][kRegisters], low = 0, high = 0;
     wait_mbarrier(&s.weights_full[stage.slot()], stage.consumer_parity());
     decode_slab(slab[0], s, s.stages[stage.slot()], 0, thread);
     wait_mbarrier(&s.tokens_full[stage.slot()], stage.consumer_parity());
@@ -78,10 +81,12 @@ MOE_DEVICE void accumulate_mxfp4(const Launch& l, SharedStorage<C>& s, Accumulat
         const u64 b = ptx::descriptor_k_major_128b(__shfl_sync(~0u, ptx::shared_address(here.tokens), 0));
         mma_slab<kN>(acc[0], slab[0], b);
         decode_slab(slab[1], s, here, 1, thread);
-        mma_slab<kN>(acc[1], slab[1], b);
-        ptx::wgmma_wait<1>();
+        if constexpr (kAccumulators == 2) mma_slab<kN>(acc[kOther], slab[1], b);
+        else wait_mbarrier(&s.weights_full[stage.slot()], stage.consumer_parity());  // a branch: or ptxas decodes below
+        ptx::wgmma_wait<kOther>();
         ptx::wgmma_fence_operands(acc[0]);
         promote_weights_on_m(out.sum[0], acc[0], kRegisters, 1.0f, 1.0f, here.tokens_sf, lane);
+        if constexpr (kAccumulators == 1) mma_slab<kN>(acc[0], slab[1], b);
         RingPosition<kStages<C>> next = stage;
         next.advance();
         if (k + 1 < k_blocks) {  // the next stage's first slab under this one's second
@@ -93,8 +98,8 @@ MOE_DEVICE void accumulate_mxfp4(const Launch& l, SharedStorage<C>& s, Accumulat
             high = second ? low : here.weights_sf[1];
         }
         ptx::wgmma_wait<0>();
-        ptx::wgmma_fence_operands(acc[1]);
-        promote_weights_on_m(out.sum[1], acc[1], kRegisters, 1.0f, 1.0f, here.tokens_sf, lane);
+        ptx::wgmma_fence_operands(acc[kOther]);
+        promote_weights_on_m(out.sum[1], acc[kOther], kRegisters, 1.0f, 1.0f, here.tokens_sf, lane);
         release_stage<C::kCluster>(&s.stage_empty[stage.slot()], lane);
         stage = next;
     }

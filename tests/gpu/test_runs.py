@@ -133,7 +133,7 @@ def test_loading_weights_again_under_a_captured_graph():
 
 
 def test_bounds_choose_other_tiles_in_one_workspace():
-    bounds = (9, 20, 44, 96, 200)
+    bounds = (9, 20, 44, 96, 140, 200)
     tiles = dict.fromkeys(choose_block_tokens(CONFIG, 1, bound) for bound in bounds)
     assert tuple(tiles) == TILES[CONFIG.weight_format]
     case = make_case(3, CONFIG, 1, 9, "uniform", "cuda")
