@@ -11,6 +11,7 @@ Tiles of less than a 32nd of an expert's mean rows are left out. Without a GPU n
 import argparse
 import sys
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
@@ -18,13 +19,18 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-from megamoe import EPConfig, MoEConfig, MoELayer, Workspace, engine_fused  # noqa: E402
-from megamoe.builds import TILES, kernel_build  # noqa: E402
+from megamoe import EPConfig, MoEConfig, MoELayer, Workspace  # noqa: E402
+from megamoe.builds import kernel_build  # noqa: E402
+from megamoe.plan import tiles  # noqa: E402
 from megamoe.testing.data import make_input, make_weights  # noqa: E402
 from megamoe_cuda.compile import compile_kernel  # noqa: E402
 from megamoe_cuda.launch import LoadedKernel, read_symbol_u32  # noqa: E402
 
 ROUTINGS = 8
+
+
+def every_call_takes(block: int):
+    return mock.patch.object(tiles, "choose_block_tokens", lambda *_: block)
 
 
 def time_tile(layer: MoELayer, block: int, inputs: list, out: torch.Tensor) -> float:
@@ -40,16 +46,12 @@ def time_tile(layer: MoELayer, block: int, inputs: list, out: torch.Tensor) -> f
         for at in inputs:
             layer((at.x, at.x_sf), at.topk_idx, at.topk_weights, out=out)
 
-    chosen = engine_fused.choose_block_tokens
-    engine_fused.choose_block_tokens = lambda *_: block
-    try:
+    with every_call_takes(block):
         call_all()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call_all()
-    finally:
-        engine_fused.choose_block_tokens = chosen
     times = []
     for _ in range(9):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -65,7 +67,7 @@ def time_tile(layer: MoELayer, block: int, inputs: list, out: torch.Tensor) -> f
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=lambda s: [int(n) for n in s.split(",")], default=[2, 16, 64, 256, 1024, 4096])
-    parser.add_argument("--formats", type=lambda s: s.split(","), default=list(TILES))
+    parser.add_argument("--formats", type=lambda s: s.split(","), default=list(tiles.TILES))
     for name, size in (("hidden", 4096), ("intermediate", 2048), ("experts", 32), ("topk", 3)):
         parser.add_argument(f"--{name}", type=int, default=size)
     given = parser.parse_args(argv)
@@ -76,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
         config = MoEConfig(given.hidden, given.intermediate, given.experts, given.topk, weight_format)
         w = make_weights(0, config, 1, 0, "cuda")
         for tokens in given.tokens:
-            with Workspace(config, EPConfig(tokens), device="cuda") as workspace, MoELayer(config, workspace) as layer:
+            with every_call_takes(max(tiles.TILES[weight_format])):  # what a workspace holds depends on it
+                workspace = Workspace(config, EPConfig(tokens), device="cuda")
+            with workspace, MoELayer(config, workspace) as layer:
                 layer.load_weights(w.linear1, w.linear2, w.linear1_sf, w.linear2_sf)
                 expert_bytes = sum(t.numel() / config.num_experts for t in layer._engine.images[0])
                 inputs = [make_input(i, config, 0, tokens, "uniform", "cuda", prequantized=True)
@@ -84,8 +88,8 @@ def main(argv: list[str] | None = None) -> int:
                 active = sum(len(i.topk_idx.unique()) for i in inputs) / ROUTINGS
                 out = torch.empty(tokens, config.hidden, dtype=torch.bfloat16, device="cuda")
                 rows = tokens * config.topk / config.num_experts
-                chosen = engine_fused.choose_block_tokens(config, 1, tokens)
-                for block in TILES[weight_format]:
+                chosen = tiles.choose_block_tokens(config, 1, tokens)
+                for block in tiles.TILES[weight_format]:
                     if rows > 32 * block:
                         continue
                     us = time_tile(layer, block, inputs, out)

@@ -3,6 +3,7 @@
 #pragma once
 #include "params.gen.cuh"
 #include "prelude.cuh"
+#include "roles.cuh"
 #include "sync/launch.cuh"
 
 namespace moe {
@@ -38,8 +39,20 @@ struct Config {
     static constexpr u32 kSliceBytes = 2048;
     static constexpr u32 kStagingBytes =
         align_up(kWeightsOnM ? kBlockTokens * kStagingRowBytes : max_u32(kHImageBytes, 8 * kSliceBytes), 128);
+    // Warpgroups' registers; 128 threads each of loads and exchange, 256 of math. Many tokens: sums and their operands
+    // take the math warps' registers. Few: the exchange warps sum eight slots at once.
+    static constexpr bool kManySums = kBlockTokens > 64;
+    static constexpr u32 kMathRegisters = kManySums ? 208 : 192;
+    static constexpr u32 kLoadRegisters = kManySums ? 32 : 40;
+    static constexpr u32 kExchangeRegisters = kManySums ? 64 : 88;
+    static_assert(128 * (2 * kMathRegisters + kLoadRegisters + kExchangeRegisters) == 65536,
+                  "the register file, exactly");
+    static constexpr u32 kCombineLoads = kManySums ? 6 : 8;  // of 16 bytes that a combining lane has in flight
+    // On tokens_full. Weights on M: each tokens warp's lanes as their copies land, and lane 0 once more for the names
+    // of the rows. Tokens on M: the one copying thread.
+    static constexpr u32 kTokensArrivals = kWeightsOnM ? kTokensWarps * kGatherArrivals : 1;
     // Routing tables up to this many slots are counted by every CTA alone; larger ones by the grid, with two barriers.
-    static constexpr u32 kSmallTable = kBlockTokens <= 64 ? 3840 : 0;
+    static constexpr u32 kSmallTable = kManySums ? 0 : 3840;
 
     static constexpr u32 kSharedLimit = 232448;  // 227 KiB: the most a CTA can have on sm_90
     static_assert(kBlockTokens % 8 == 0 &&
@@ -49,13 +62,15 @@ struct Config {
 constexpr u32 kTileSlots = 4;    // tiles announced ahead of the math warps
 constexpr u32 kTicketSlots = 8;  // more than the tiles that one CTA of a pair can be ahead: one a stage at most
 
-// One announced tile. rows/weights are filled by the tokens warps before the tile's first stage is full.
+// One announced tile. The tokens warps fill its row names and weights: weights on M before the tile's first stage is
+// full, tokens on M before names_full.
 struct TileSlot {
     u32 kind;  // TileKind
     u32 expert, m_block, n_block;
     u32 row_begin, row_count;  // rows of the tile in the list; 0: only keeps step with the cluster, publishes nothing
     u32 number;                // of this CTA's tiles; slot and mbarrier phases follow from it
     u32 shares_weights;        // with the other CTA of the cluster
+    const u8* weights;         // its first image
 };
 enum TileKind : u32 { kTile_linear1, kTile_linear2, kTile_end };
 
@@ -77,18 +92,18 @@ struct SharedState : DecodeTable<C::kIsMxfp4> {
     u32 tile_rows[kTileSlots][C::kBlockTokens];
     f32 tile_weights[kTileSlots][C::kBlockTokens];
     TileSlot tiles[kTileSlots];
-    // Of the tokens warps' current linear1 tile.
-    const u8* row_source[C::kBlockTokens];
-    const f32* row_sf_source[C::kBlockTokens];
+    // Of the tokens warps' current linear1 tile, where they gather it.
+    const u8* row_source[C::kWeightsOnM ? C::kBlockTokens : 1];
+    const f32* row_sf_source[C::kWeightsOnM ? C::kBlockTokens : 1];
     f32 row_amax[8][C::kWeightsOnM ? C::kBlockTokens : 1];
     f32 row_scale[C::kWeightsOnM ? C::kBlockTokens : 1];
     alignas(128) u8 y_slice[4][2][512];  // combine: two bulk stores in flight per exchange warp
 
     // Items of the exchange warps' last windows that nobody has taken: math warps help once their tiles are done.
-    u32 watch_first[4], watch_pending[4], watch_open[4];
+    u32 watch_first[4], watch_pending[4], watch_open[4], watch_idle_since[4], watch_polls[4];
 
     u64 weights_full[C::kMaxStages], tokens_full[C::kMaxStages], stage_empty[C::kMaxStages];
-    u64 tile_full[kTileSlots], tile_empty[kTileSlots];
+    u64 tile_full[kTileSlots], tile_empty[kTileSlots], names_full[kTileSlots];
     u64 staging_full[C::kStagingGroups], staging_empty[C::kStagingGroups];
     u64 plan_agreed;                // of the cluster's CTAs
     u64 ticket_full[kTicketSlots];  // second CTA of a pair: the first has drawn
@@ -100,7 +115,7 @@ struct SharedState : DecodeTable<C::kIsMxfp4> {
 #ifdef TRACE
     u32 trace_count[kNumTraceRoles];
 #endif
-    u32 plan_done, num_m_blocks, healthy, partner_failed, is_last_cta, aborted;
+    u32 plan_done, num_m_blocks, num_tickets, healthy, partner_failed, is_last_cta, aborted;
     u32 small_list[C::kSmallTable ? C::kSmallTable : 1];
 };
 

@@ -3,7 +3,7 @@ all of it."""
 
 from typing import NamedTuple
 
-from megamoe.layout import BLOCK_TOKENS, MXFP4_BLOCK_TOKENS
+from megamoe.plan.tiles import TILES
 
 
 class KernelBuild(NamedTuple):
@@ -13,10 +13,6 @@ class KernelBuild(NamedTuple):
     source: str
     entry: str
     defines: dict[str, int | str]
-
-
-TILES = {"fp8": BLOCK_TOKENS, "mxfp4": MXFP4_BLOCK_TOKENS}
-"""Tokens of a tile that the kernel is built for, by weight format."""
 
 
 def kernel_build(block_tokens: int, weight_format: str = "fp8") -> KernelBuild:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from megamoe import layout
-from megamoe.builds import TILES, kernel_build
+from megamoe.builds import kernel_build
 from megamoe.config import MoEConfig
 from megamoe.errors import ErrorRecord, MegaMoEError
+from megamoe.plan import tiles
 from megamoe.quant import mxfp4_images
 from megamoe.quant import weights as fp8_images
 from megamoe.steps import ExpertWeights, RankInput
@@ -21,30 +22,6 @@ from megamoe_cuda.symmetric import HostStatus, NvshmemMemory, OneGpuMemory
 
 IMAGES = {"fp8": fp8_images, "mxfp4": mxfp4_images}
 """How a weight format is packed: image_shape and pack_expert."""
-
-
-def choose_block_tokens(config: MoEConfig, ep_size: int, num_tokens_bound: int) -> int:
-    """Tokens of a tile, from values equal on all ranks.
-
-    With r rows an expert on average, the smallest block that holds r and 1.5 standard deviations of a uniform routing:
-    a second block of the same expert reads its weights again. Beyond 64, tokens go to the wgmma M side (FP8).
-    """
-    rows = max(num_tokens_bound, 1) * ep_size * config.topk / config.num_experts
-    wanted = rows + 1.5 * math.sqrt(rows)
-    tiles = TILES[config.weight_format]
-    return next((block for block in tiles if block >= wanted), tiles[-1])
-
-
-def choose_order(config: MoEConfig, ep_size: int, num_tokens_bound: int) -> tuple[int, int]:
-    """order_group and order_lag of csrc/sched/order.cuh: a group of 128-row tiles is pairs of blocks.
-
-    Few rows an expert: all of linear1, then all of linear2. Many: waves of 16 blocks (two rounds of the GPU at
-    intermediate 2048), linear2 two waves behind.
-    """
-    block = choose_block_tokens(config, ep_size, num_tokens_bound)
-    if block <= 64:
-        return 1, 1 << 20
-    return (8 if block == 128 else 16), 2
 
 
 class FusedWorkspace:
@@ -82,12 +59,13 @@ class FusedWorkspace:
             self._clear()
 
     def _load_kernels(self, configs) -> dict[tuple[str, int], LoadedKernel]:
+        choose, capacity = tiles.choose_block_tokens, self.ep_config.num_max_tokens_per_rank
         wanted = []  # (weight format, tokens of a tile)
         for weight_format in sorted({c.weight_format for c in configs}):
             here = [c for c in configs if c.weight_format == weight_format]
-            largest = max(choose_block_tokens(c, self.ep_size, self.ep_config.num_max_tokens_per_rank) for c in here)
-            smallest = min(choose_block_tokens(c, self.ep_size, 1) for c in here)
-            wanted += [(weight_format, block) for block in TILES[weight_format] if smallest <= block <= largest]
+            largest = max(choose(c, self.ep_size, capacity) for c in here)
+            smallest = min(choose(c, self.ep_size, 1) for c in here)
+            wanted += [(weight_format, b) for b in tiles.TILES[weight_format] if smallest <= b <= largest]
         builds = [kernel_build(block, weight_format) for weight_format, block in wanted]
         with ThreadPoolExecutor(max_workers=4) as pool:
             compiled = list(pool.map(lambda b: compile_kernel(b.source, b.entry, b.defines), builds))
@@ -175,7 +153,7 @@ class FusedWorkspace:
 def _check_blocks(configs, ep_size: int, capacity: int) -> None:
     # The kernel counts token blocks in 16 bits
     for c in configs:
-        rows, block = capacity * ep_size * c.topk, choose_block_tokens(c, ep_size, capacity)
+        rows, block = capacity * ep_size * c.topk, tiles.choose_block_tokens(c, ep_size, capacity)
         if rows // block + c.num_experts // ep_size > 65535:
             raise ValueError(
                 f"num_max_tokens_per_rank={capacity} on {ep_size} ranks with topk={c.topk} can put {rows} rows on one "
@@ -189,6 +167,8 @@ def _story(r: ErrorRecord) -> str:
         ("plan", "plan"): f"the CTAs of this rank did not meet while counting rows (meeting {r.index})",
         ("tokens", "dispatch"): f"token rows from rank {r.index} did not arrive",
         ("tokens", "swiglu"): f"the SwiGLU output of token block {r.index} was not written",
+        ("tokens", "plan"): f"the rows of token block {r.index} were not brought into expert order",
+        ("exchange", "dispatch"): f"token rows from rank {r.index} did not arrive",
         ("exchange", "combine"): f"the expert rows of token {r.index} did not come back",
     }
     return waited_for.get((r.role, r.step), "a wait inside the kernel passed its deadline")
@@ -243,12 +223,10 @@ class FusedEngine:
         p.idx_is_int64 = first.topk_idx.dtype == torch.int64
         p.weights_are_bf16 = first.topk_weights.dtype == torch.bfloat16
 
-        block = choose_block_tokens(self.config, shared.ep_size, num_tokens_bound)
-        p.order_group, p.order_lag = choose_order(self.config, shared.ep_size, num_tokens_bound)
-        warps = shared.ctas_per_rank * layout.EXCHANGE_WARPS
-        p.combine_columns = min(
-            hidden, math.ceil(max(num_tokens_bound, 1) * hidden / warps / layout.COMBINE_STEP) * layout.COMBINE_STEP
-        )
+        block = tiles.choose_block_tokens(self.config, shared.ep_size, num_tokens_bound)
+        p.order_group, p.order_lag = tiles.tile_order(block)
+        warps = shared.ctas_per_rank * (layout.EXCHANGE_WARPS + layout.MATH_WARPS)
+        p.combine_columns = tiles.combine_columns(hidden, num_tokens_bound, warps)
         p.combine_chunks = -(-hidden // p.combine_columns)
         with torch.cuda.device(shared.device):
             stream = torch.cuda.current_stream().cuda_stream

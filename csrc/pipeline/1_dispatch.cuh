@@ -1,6 +1,6 @@
 // dispatch: every rank pushes its routing table to every rank, then each token's row once to each rank that needs it,
 // into a slot known in advance: recv_x[source][token]. Nothing is allocated and nothing waits. Partners: wait_heads in
-// sched/table.cuh (head_ready) and wait_rows in gemm/load_tokens.cuh (x_ready).
+// sched/table.cuh (head_ready); wait_rows in gemm/gather_tokens.cuh and permute_rows in 1_permute.cuh (x_ready).
 #pragma once
 #include "config.cuh"
 #include "ptx/convert.cuh"

@@ -11,9 +11,9 @@ import torch
 import megamoe.__main__ as cli
 from megamoe import layout
 from megamoe.config import EPConfig, MoEConfig
-from megamoe.engine_fused import choose_block_tokens
 from megamoe.exchange import LocalExchange
 from megamoe.layout import COMBINE_STEP, EXCHANGE_WARPS
+from megamoe.plan.tiles import choose_block_tokens
 from megamoe.steps import ExpertWeights, RankInput, moe_layer
 
 ROOT = Path(__file__).resolve().parents[2]

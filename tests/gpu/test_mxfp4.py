@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megamoe import MoEConfig
-from megamoe.builds import TILES
+from megamoe.plan.tiles import TILES
 from megamoe.quant.mxfp4 import dequantize, fit
 from megamoe.steps import ExpertWeights, RankInput
 from megamoe.testing.data import Case

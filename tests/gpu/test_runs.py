@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from megamoe import EPConfig, MoEConfig, MoELayer, Workspace
-from megamoe.builds import TILES
-from megamoe.engine_fused import choose_block_tokens
+from megamoe.plan.tiles import TILES, choose_block_tokens
 from megamoe.testing.data import make_case
 from tests.gpu import oracle
 

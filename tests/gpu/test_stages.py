@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megamoe import MoEConfig, steps
-from megamoe.builds import TILES
 from megamoe.exchange import LocalExchange
+from megamoe.plan.tiles import TILES
 from megamoe.testing.compare import rel_l2, row_rel_l2
 from megamoe.testing.data import make_case
 from tests.gpu import stages

@@ -1,0 +1,47 @@
+"""How a launch is cut up: the token block, the order of the tiles, the size of a combine item.
+
+All choices come from values that are equal on all ranks, or concern one rank alone.
+"""
+
+import math
+
+TILES = {"fp8": (8, 16, 32, 64, 128), "mxfp4": (8, 16, 32, 64, 96, 104)}
+"""Tokens of a tile that the kernel is built for, by weight format. Weights lie on the wgmma M side and tokens on N, but
+in tiles of TOKENS_ON_M. MXFP4 weights are decoded into registers, and only M may come from there; 112 tokens spill."""
+
+BLOCK_TOKENS = tuple(sorted(set().union(*TILES.values())))
+TOKENS_ON_M = 128
+COMBINE_STEP = 256
+"""Columns that a warp sums at once."""
+
+
+def choose_block_tokens(config, ep_size: int, num_tokens_bound: int) -> int:
+    """Tokens of a tile for a call of at most num_tokens_bound tokens on each of ep_size ranks.
+
+    With r rows an expert on average, the smallest block that holds r and 1.5 standard deviations of a uniform routing:
+    a second block of the same expert reads its weights again. Formats without a kernel are planned as FP8.
+    """
+    rows = max(num_tokens_bound, 1) * ep_size * config.topk / config.num_experts
+    wanted = rows + 1.5 * math.sqrt(rows)
+    tiles = TILES.get(config.weight_format, TILES["fp8"])
+    return next((block for block in tiles if block >= wanted), tiles[-1])
+
+
+def tile_order(block_tokens: int) -> tuple[int, int]:
+    """(group, lag) of csrc/sched/order.cuh.
+
+    Few rows an expert: all of linear1, then all of linear2. Many: waves of 16 blocks (two rounds of the GPU at
+    intermediate 2048), linear2 two waves behind; with tokens on M a group is pairs of blocks.
+    """
+    if block_tokens <= 64:
+        return 1, 1 << 20
+    return (8 if block_tokens == TOKENS_ON_M else 16), 2
+
+
+def combine_columns(hidden: int, num_tokens_bound: int, num_warps: int) -> int:
+    """Columns of one combine item, a multiple of COMBINE_STEP: every one of num_warps warps gets an item or more, since
+    most tokens become complete with the last experts and the call ends when the slowest warp has summed its own."""
+    steps = math.ceil(hidden / COMBINE_STEP)
+    steps_a_warp = max(1, math.ceil(max(num_tokens_bound, 1) * hidden / COMBINE_STEP / num_warps))
+    chunks = math.ceil(steps / min(steps_a_warp, steps))
+    return math.ceil(steps / chunks) * COMBINE_STEP
