@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("times not run: no GPU")
         return 3
+    best = {}  # (tokens, weight format) -> (us, tile)
     for weight_format in given.formats:
         config = MoEConfig(given.hidden, given.intermediate, given.experts, given.topk, weight_format)
         w = make_weights(0, config, 1, 0, "cuda")
@@ -93,10 +94,16 @@ def main(argv: list[str] | None = None) -> int:
                     if rows > 32 * block:
                         continue
                     us = time_tile(layer, block, inputs, out)
+                    best[tokens, weight_format] = min((us, block), best.get((tokens, weight_format), (us, block)))
                     rate, flops = active * expert_bytes / us / 1e6, 6e-6 * rows * config.num_experts * config.hidden
                     print(f"{weight_format:6} {tokens:6d} tokens  tile {block:3d}{'*' if block == chosen else ' '} "
                           f"{us:9.1f} us  {rate:5.2f} TB/s  {flops * config.intermediate / us:7.1f} TFLOPS  "
                           f"{active:4.1f} experts", flush=True)  # fmt: skip
+    print(f"{'tokens':>8}" + "".join(f"{f'{name}, us (best tile)':>26}" for name in given.formats) + "   last / first")
+    for tokens in given.tokens:
+        times = [best[tokens, name] for name in given.formats]
+        print(f"{tokens:8d}" + "".join(f"{us:19.1f} ({block:4d})" for us, block in times)
+              + f"{times[-1][0] / times[0][0]:15.2f}")  # fmt: skip
     return 0
 
 
