@@ -1,4 +1,5 @@
-// The one Config type: a tile size decides orientation, shared memory and registers. Model sizes are run-time values.
+// The one Config type: tile size and weight format decide orientation, shared memory and registers. Model sizes are
+// run-time values.
 #pragma once
 #include "params.gen.cuh"
 #include "prelude.cuh"
@@ -7,11 +8,21 @@
 
 namespace moe {
 
-template <u32 kBlockTokens_>
+// How weights lie in an image and reach the tensor cores. e4m3 values are read from shared memory as they are; MXFP4
+// codes are decoded to e4m3 on their way into the registers of a wgmma A operand (gemm/mxfp4.cuh).
+enum WeightFormat : u32 { kFp8, kMxfp4 };
+
+template <u32 kBlockTokens_, WeightFormat kFormat_ = kFp8>
 struct Config {
     static constexpr u32 kBlockTokens = kBlockTokens_;
+    static constexpr bool kIsMxfp4 = kFormat_ == kMxfp4;
     // Few rows an expert: weights are the wgmma M side, so padding costs at most 7 token columns. Many: tokens are.
-    static constexpr bool kWeightsOnM = kBlockTokens <= 64;
+    static constexpr bool kWeightsOnM = kIsMxfp4 || kBlockTokens <= 64;
+
+    static constexpr u32 kImageSfOffset = kIsMxfp4 ? kMxfp4ImageSfOffset : kFp8ImageSfOffset;
+    static constexpr u32 kImageCopyBytes = kIsMxfp4 ? kMxfp4ImageCopyBytes : kFp8ImageCopyBytes;
+    static constexpr u32 kImagePitchBytes = kIsMxfp4 ? kMxfp4ImagePitchBytes : kFp8ImagePitchBytes;
+    static constexpr u32 kMaxStages = kIsMxfp4 ? 12 : 8;
 
     static constexpr u32 kTokensBytes = kBlockTokens * kKBlock;
     static constexpr u32 kStageBytes = align_up(kTokensBytes + kImageCopyBytes + kBlockTokens * 4, 1024);
@@ -28,22 +39,24 @@ struct Config {
     static constexpr u32 kSliceBytes = 2048;
     static constexpr u32 kStagingBytes =
         align_up(kWeightsOnM ? kBlockTokens * kStagingRowBytes : max_u32(kHImageBytes, 8 * kSliceBytes), 128);
-    // Warpgroups' registers; 128 threads each of loads and exchange, 256 of math. Tokens on M: the accumulators take
-    // 192, and the load warps only issue bulk copies. Weights on M: the exchange warps sum eight slots at once.
-    static constexpr u32 kMathRegisters = kWeightsOnM ? 192 : 208;
-    static constexpr u32 kLoadRegisters = kWeightsOnM ? 40 : 32;
-    static constexpr u32 kExchangeRegisters = kWeightsOnM ? 88 : 64;
+    // Warpgroups' registers; 128 threads each of loads and exchange, 256 of math. Many tokens: sums and their operands
+    // take the math warps' registers. Few: the exchange warps sum eight slots at once.
+    static constexpr bool kManySums = kBlockTokens > 64;
+    static constexpr u32 kMathRegisters = kManySums ? 208 : 192;
+    static constexpr u32 kLoadRegisters = kManySums ? 32 : 40;
+    static constexpr u32 kExchangeRegisters = kManySums ? 64 : 88;
     static_assert(128 * (2 * kMathRegisters + kLoadRegisters + kExchangeRegisters) == 65536,
                   "the register file, exactly");
-    static constexpr u32 kCombineLoads = kWeightsOnM ? 8 : 6;  // of 16 bytes that a combining lane has in flight
+    static constexpr u32 kCombineLoads = kManySums ? 6 : 8;  // of 16 bytes that a combining lane has in flight
     // On tokens_full. Weights on M: each tokens warp's lanes as their copies land, and lane 0 once more for the names
     // of the rows. Tokens on M: the one copying thread.
     static constexpr u32 kTokensArrivals = kWeightsOnM ? kTokensWarps * kGatherArrivals : 1;
     // Routing tables up to this many slots are counted by every CTA alone; larger ones by the grid, with two barriers.
-    static constexpr u32 kSmallTable = kWeightsOnM ? 3840 : 0;
+    static constexpr u32 kSmallTable = kManySums ? 0 : 3840;
 
     static constexpr u32 kSharedLimit = 232448;  // 227 KiB: the most a CTA can have on sm_90
-    static_assert(kBlockTokens % 8 == 0 && (kBlockTokens <= 64 || kBlockTokens == 128));
+    static_assert(kBlockTokens % 8 == 0 &&
+                  (kBlockTokens <= 64 || (kIsMxfp4 ? kBlockTokens <= 104 : kBlockTokens == 128)));
 };
 
 constexpr u32 kTileSlots = 4;    // tiles announced ahead of the math warps
@@ -61,10 +74,17 @@ struct TileSlot {
 };
 enum TileKind : u32 { kTile_linear1, kTile_linear2, kTile_end };
 
-constexpr u32 kMaxStages = 8;
+// Nothing in FP8 builds.
+template <bool kDecodes>
+struct DecodeTable {};
+template <>
+struct DecodeTable<true> {
+    alignas(128) u64
+        decode_rows[16];  // gemm/mxfp4_decode.cuh; 128 bytes, each bank once: any lanes' rows at no conflict
+};
 
 template <class C>
-struct SharedState {
+struct SharedState : DecodeTable<C::kIsMxfp4> {
     u32 row_offset[kMaxLocalExperts + 1];                           // first row of an expert in the list
     u16 block_offset[kMaxLocalExperts + 1];                         // first token block of an expert
     u16 pair_offset[C::kCluster > 1 ? kMaxLocalExperts + 1 : 1];    // first pair of token blocks of an expert
@@ -82,7 +102,7 @@ struct SharedState {
     // Items of the exchange warps' last windows that nobody has taken: math warps help once their tiles are done.
     u32 watch_first[4], watch_pending[4], watch_open[4], watch_idle_since[4], watch_polls[4];
 
-    u64 weights_full[kMaxStages], tokens_full[kMaxStages], stage_empty[kMaxStages];
+    u64 weights_full[C::kMaxStages], tokens_full[C::kMaxStages], stage_empty[C::kMaxStages];
     u64 tile_full[kTileSlots], tile_empty[kTileSlots], names_full[kTileSlots];
     u64 staging_full[C::kStagingGroups], staging_empty[C::kStagingGroups];
     u64 plan_agreed;                // of the cluster's CTAs
@@ -103,14 +123,14 @@ struct SharedState {
 template <class C>
 constexpr u32 kFixedBytes = align_up(sizeof(SharedState<C>), 1024) + C::kStagingBytes;
 template <class C>
-constexpr u32 kStages = min_u32(kMaxStages, (C::kSharedLimit - kFixedBytes<C>) / C::kStageBytes);
+constexpr u32 kStages = min_u32(C::kMaxStages, (C::kSharedLimit - kFixedBytes<C>) / C::kStageBytes);
 
 template <class C>
 struct SharedStorage : SharedState<C> {
     struct alignas(1024) Stage {
-        u8 tokens[C::kTokensBytes];  // e4m3 rows, 128B swizzle
-        u8 weights[kImageSfOffset];  // one image: 256 rows x 128, 128B swizzle
-        f32 weights_sf[4];           // its tail: two scale factors
+        u8 tokens[C::kTokensBytes];     // e4m3 rows, 128B swizzle
+        u8 weights[C::kImageSfOffset];  // one image: 256 rows x 128, as wgmma or the decoder reads them
+        f32 weights_sf[4];              // its tail: two scale factors
         f32 tokens_sf[C::kBlockTokens];
     };
     Stage stages[kStages<C>];

@@ -6,7 +6,7 @@
 //   warp   11     store     pipeline/store.cuh
 //   warps 12-15   exchange  pipeline/1_dispatch.cuh, 1_permute.cuh (tokens on M), then 5_combine.cuh
 //
-// Built once per tile size: -DBLOCK_TOKENS=8|16|32|64|128 (config.cuh).
+// Built once per tile size and weight format: -DBLOCK_TOKENS=8|16|32|64|128, -DWEIGHT_FORMAT=kMxfp4 (config.cuh).
 #include "config.cuh"
 #include "debug/trace.cuh"
 #include "gemm/gather_tokens.cuh"
@@ -21,9 +21,13 @@
 #include "roles.cuh"
 #include "sched/table.cuh"
 
+#ifndef WEIGHT_FORMAT
+#define WEIGHT_FORMAT kFp8
+#endif
+
 namespace moe {
 
-using Kernel = Config<BLOCK_TOKENS>;
+using Kernel = Config<BLOCK_TOKENS, WEIGHT_FORMAT>;
 static_assert(shared_storage_fits<Kernel>());
 
 template <class C>
@@ -54,7 +58,7 @@ using namespace moe;
 // Bytes of dynamic shared memory, read by the host: this file is where that number is known.
 extern "C" __device__ const u32 mega_moe_shared_bytes = kSharedBytes<Kernel>;
 
-#if BLOCK_TOKENS > 64
+#if BLOCK_TOKENS == 128
 #define MOE_CLUSTER __cluster_dims__(2, 1, 1)
 static_assert(Kernel::kCluster == 2);
 #else
@@ -76,6 +80,7 @@ extern "C" __global__ void MOE_CLUSTER __launch_bounds__(kNumThreads, 1)
         s.healthy = 1, s.partner_failed = 0, s.plan_done = 0;
         for (u32 i = 0; i < kExchangeWarps; ++i) s.watch_open[i] = 0;
     }
+    make_decode_table(s, thread);
     if constexpr (Kernel::kCluster > 1) ptx::cluster_sync();
     else __syncthreads();
     const Launch l(params, s.launch);
@@ -83,7 +88,7 @@ extern "C" __global__ void MOE_CLUSTER __launch_bounds__(kNumThreads, 1)
     if (warp >= kExchangeWarp) {
         ptx::setmaxnreg_dec<Kernel::kExchangeRegisters>();
         push_head(l);
-        push_rows(l);
+        push_rows<Kernel>(l);
         if constexpr (!Kernel::kWeightsOnM) permute_rows(l, s);
         if (warp_id() == kExchangeWarp) trace(l, s, kTrace_exchange, kEvent_pushed, 0);
         combine(l, s);

@@ -15,12 +15,16 @@ constexpr u32 kExchangeWarps = 4;
 constexpr u32 kCombineStep = 256;
 constexpr u32 kKBlock = 128;
 constexpr u32 kNBlock = 256;
-constexpr u32 kImageSfOffset = 32768;
-constexpr u32 kImageCopyBytes = 32784;
+constexpr u32 kFp8ImageSfOffset = 32768;
+constexpr u32 kFp8ImageCopyBytes = 32784;
 constexpr u32 kTraceRecords = 2048;
 constexpr u32 kNumTraceRoles = 7;
-constexpr u32 kImagePitchBytes = 32896;
 constexpr u32 kNumRegions = 21;
+constexpr u32 kFp8ImagePitchBytes = 32896;
+constexpr u32 kMxfp4ScalesOffset = 16384;
+constexpr u32 kMxfp4ImageSfOffset = 17408;
+constexpr u32 kMxfp4ImageCopyBytes = 17424;
+constexpr u32 kMxfp4ImagePitchBytes = 17536;
 
 enum Role : u32 {
     kRole_none,

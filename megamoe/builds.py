@@ -3,7 +3,7 @@ all of it."""
 
 from typing import NamedTuple
 
-from megamoe.layout import BLOCK_TOKENS
+from megamoe.plan.tiles import TILES
 from megamoe_cuda.compile import debug_level
 
 DEBUG_SPILL_BYTES = 160
@@ -16,17 +16,19 @@ class KernelBuild(NamedTuple):
     name: str
     source: str
     entry: str
-    defines: dict[str, int]
+    defines: dict[str, int | str]
 
 
-def kernel_build(block_tokens: int) -> KernelBuild:
-    """The fused kernel for tiles of `block_tokens` rows, one of layout.BLOCK_TOKENS; with MEGAMOE_DEBUG set, its debug
+def kernel_build(block_tokens: int, weight_format: str = "fp8") -> KernelBuild:
+    """The fused kernel for tiles of `block_tokens` rows, one of TILES[weight_format]; with MEGAMOE_DEBUG set, its debug
     build."""
-    name, defines = f"mega_moe, {block_tokens} tokens", {"BLOCK_TOKENS": block_tokens}
+    defines, name = {"BLOCK_TOKENS": block_tokens}, f"mega_moe, {block_tokens} tokens"
+    if weight_format == "mxfp4":
+        defines, name = defines | {"WEIGHT_FORMAT": "kMxfp4"}, f"mega_moe mxfp4, {block_tokens} tokens"
     if debug_level():
         name, defines = f"{name}, debug", defines | {"DEBUG_CHECKS": 1}
     return KernelBuild(name, "mega_moe.cu", "mega_moe", defines)
 
 
 def kernel_builds() -> tuple[KernelBuild, ...]:
-    return tuple(kernel_build(block_tokens) for block_tokens in BLOCK_TOKENS)
+    return tuple(kernel_build(block, weight_format) for weight_format, tiles in TILES.items() for block in tiles)

@@ -9,7 +9,7 @@ BLOCK = 128
 """Elements that share one scale factor along K, and both sides of a weight block (DeepSeek-V3 checkpoint
 convention)."""
 
-WEIGHT_FORMATS = ("fp8", "bf16")
+WEIGHT_FORMATS = ("fp8", "mxfp4", "bf16")
 ACTIVATIONS = ("swiglu", "swiglu_oai")
 
 
@@ -45,7 +45,8 @@ class MoEConfig:
     intermediate: expert width per SwiGLU half (linear1 has 2 * intermediate outputs), a multiple of 128.
     num_experts: experts the router sees, over all ranks.
     topk: slots per token, 1 to 16; a slot may be unused (id -1), and may repeat an expert.
-    weight_format: "fp8" (e4m3 operands with fp32 scale factors), or "bf16" (no quantizers; CPU only; also serves fp32
+    weight_format: "fp8" (e4m3 operands with fp32 scale factors), "mxfp4" (weights in e2m1 with a power-of-two scale
+        factor for each 32 along K, activations as in "fp8"), or "bf16" (no quantizers; CPU only; also serves fp32
         models).
     swiglu_limit: None, or the clamp of the SwiGLU inputs: gate <= limit, |up| <= limit.
     activation: "swiglu", or "swiglu_oai", gpt-oss's variant: steps.swiglu has both formulas. CPU only.
@@ -77,6 +78,11 @@ class MoEConfig:
             raise ValueError(f"activation={self.activation!r} must be one of {', '.join(map(repr, ACTIVATIONS))}")
         if not isinstance(self.bias, bool):
             raise TypeError(f"bias={self.bias!r} has type {type(self.bias).__name__}; pass True or False")
+
+    @property
+    def has_e4m3_activations(self) -> bool:
+        """Tokens and SwiGLU outputs are quantized to e4m3; the layer takes and returns bf16."""
+        return self.weight_format != "bf16"
 
     def num_local_experts(self, ep_size: int) -> int:
         """Experts on each of ``ep_size`` ranks; expert e lives on rank e // num_local_experts. ValueError if uneven."""

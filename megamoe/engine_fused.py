@@ -15,13 +15,17 @@ from megamoe.builds import kernel_build
 from megamoe.config import MoEConfig
 from megamoe.errors import ErrorRecord, MegaMoEError
 from megamoe.plan import tiles
-from megamoe.quant.weights import image_shape, pack_expert
+from megamoe.quant import mxfp4_images
+from megamoe.quant import weights as fp8_images
 from megamoe.steps import ExpertWeights, RankInput
 from megamoe_cuda.compile import CompiledKernel, compile_kernel, debug_level
 from megamoe_cuda.device import device_info
 from megamoe_cuda.gather import busy, gather
 from megamoe_cuda.launch import LoadedKernel, read_symbol_u32
 from megamoe_cuda.symmetric import HostStatus, NvshmemMemory, OneGpuMemory
+
+IMAGES = {"fp8": fp8_images, "mxfp4": mxfp4_images}
+"""How a weight format is packed: image_shape and pack_expert."""
 
 
 @contextlib.contextmanager
@@ -47,11 +51,15 @@ def together(group, deadline_s: float):
             raise MegaMoEError(f"rank {rank} could not prepare its workspace: {theirs}", record)
 
 
-def blocks_of(configs, ep_size: int, capacity: int) -> list[int]:
-    """Every block that calls of up to `capacity` tokens a rank can choose."""
-    largest = [tiles.choose_block_tokens(c, ep_size, capacity) for c in configs]
-    smallest = [tiles.choose_block_tokens(c, ep_size, 1) for c in configs]
-    return [block for block in layout.BLOCK_TOKENS if min(smallest) <= block <= max(largest)]
+def builds_of(configs, ep_size: int, capacity: int) -> list[tuple[str, int]]:
+    """(weight format, tokens of a tile) of every kernel that calls of up to `capacity` tokens a rank can choose."""
+    wanted = []
+    for weight_format in sorted({c.weight_format for c in configs}):
+        here = [c for c in configs if c.weight_format == weight_format]
+        largest = max(tiles.choose_block_tokens(c, ep_size, capacity) for c in here)
+        smallest = min(tiles.choose_block_tokens(c, ep_size, 1) for c in here)
+        wanted += [(weight_format, b) for b in tiles.TILES[weight_format] if smallest <= b <= largest]
+    return wanted
 
 
 class FusedWorkspace:
@@ -99,15 +107,15 @@ class FusedWorkspace:
             self.status = HostStatus(self.num_ranks * ctypes.sizeof(layout.KernelStatus))
         return arena_bytes
 
-    def _load_kernels(self, configs) -> dict[int, LoadedKernel]:
-        wanted = blocks_of(configs, self.ep_size, self.ep_config.num_max_tokens_per_rank)
+    def _load_kernels(self, configs) -> dict[tuple[str, int], LoadedKernel]:
+        wanted = builds_of(configs, self.ep_size, self.ep_config.num_max_tokens_per_rank)
         with ThreadPoolExecutor(max_workers=4) as pool:  # into the compiler's memory; loading is not for threads
-            list(pool.map(_compiled, wanted))
-        return {block: self.load_kernel(block) for block in wanted}
+            list(pool.map(lambda key: _compiled(*key), wanted))
+        return {key: self.load_kernel(*key) for key in wanted}
 
-    def load_kernel(self, block: int, **defines: int) -> LoadedKernel:
+    def load_kernel(self, weight_format: str, block: int, **defines: int) -> LoadedKernel:
         """The kernel for tiles of `block` tokens, with further defines a test or trace build of it."""
-        kernel = _compiled(block, **defines)
+        kernel = _compiled(weight_format, block, **defines)
         shared_bytes = read_symbol_u32(kernel.cubin, "mega_moe_shared_bytes")
         loaded = LoadedKernel(kernel.cubin, kernel.entry, shared_bytes)
         if self.debug:
@@ -211,8 +219,8 @@ class FusedWorkspace:
         self.kernels, self.local = {}, []
 
 
-def _compiled(block: int, **defines: int) -> CompiledKernel:
-    build = kernel_build(block)
+def _compiled(weight_format: str, block: int, **defines: int) -> CompiledKernel:
+    build = kernel_build(block, weight_format)
     return compile_kernel(build.source, build.entry, build.defines | defines)
 
 
@@ -250,7 +258,8 @@ class FusedEngine:
         self.images: list[tuple[Tensor, Tensor]] = []
         shared = self.shared
         sizes = (config.num_local_experts(shared.ep_size), config.hidden, config.intermediate)
-        self.shapes = image_shape(1, *sizes), image_shape(2, *sizes)
+        self.packing = IMAGES[config.weight_format]
+        self.shapes = self.packing.image_shape(1, *sizes), self.packing.image_shape(2, *sizes)
         self.params = shared.base_params()
         p = self.params
         p.hidden, p.intermediate, p.topk = config.hidden, config.intermediate, config.topk
@@ -268,8 +277,8 @@ class FusedEngine:
                 rank.linear1, rank.linear2 = linear1.data_ptr(), linear2.data_ptr()
         for (linear1, linear2), w in zip(self.images, weights, strict=True):
             for e in range(linear1.shape[0]):
-                pack_expert(1, w.linear1[e], w.linear1_sf[e], linear1[e])
-                pack_expert(2, w.linear2[e], w.linear2_sf[e], linear2[e])
+                self.packing.pack_expert(1, w.linear1[e], w.linear1_sf[e], linear1[e])
+                self.packing.pack_expert(2, w.linear2[e], w.linear2_sf[e], linear2[e])
 
     def expert_tensors(self) -> list[list[Tensor]]:
         """Per rank its images, tensors with experts along the first dimension."""
@@ -308,7 +317,8 @@ class FusedEngine:
         p.combine_chunks = -(-hidden // p.combine_columns)
         with torch.cuda.device(shared.device):
             stream = torch.cuda.current_stream().cuda_stream
-            shared.kernels[block].launch(stream, shared.ctas_per_rank * shared.num_ranks, layout.NUM_THREADS, p)
+            kernel = shared.kernels[self.config.weight_format, block]
+            kernel.launch(stream, shared.ctas_per_rank * shared.num_ranks, layout.NUM_THREADS, p)
         return outs
 
     def check(self) -> None:

@@ -1,5 +1,6 @@
 """MoELayer: what a model imports. All input is validated here; engines and steps trust it."""
 
+import warnings
 from collections.abc import Sequence
 from weakref import ref
 
@@ -45,6 +46,7 @@ class MoELayer(nn.Module):
         self._dtype: torch.dtype | None = None  # bf16 format: of weights and hidden_states, known from load_weights on
         self._loaded = False
         self._calls = self._failed = self._tokens = self._input_bytes = self._output_bytes = 0
+        self.rerounded_groups: list[dict[str, int]] | None = None  # mxfp4 format: of the last load, one a rank
         self.handle = torch_op.register(self)
         self._engine = make_engine(config, workspace)
         self._weights_of = weights_of
@@ -71,6 +73,12 @@ class MoELayer(nn.Module):
         weight_format="fp8": either e4m3 with linear1_sf fp32 [num_local_experts, 2 * intermediate / 128, hidden / 128]
             and linear2_sf fp32 [num_local_experts, hidden / 128, intermediate / 128], or bf16, fp16 or fp32 without
             sf, which are quantized here by 128x128 block.
+        weight_format="mxfp4": either uint8 [num_local_experts, 2 * intermediate, hidden / 2] and [num_local_experts,
+            hidden, intermediate / 2], two codes a byte, low nibble first, with linear1_sf uint8 [num_local_experts,
+            2 * intermediate, hidden / 32] and linear2_sf uint8 [num_local_experts, hidden, intermediate / 32] (UE8M0),
+            or bf16, fp16 or fp32 without sf, which are quantized here. Groups that e4m3 cannot hold under one power of
+            two with the largest of their 128 rows are re-rounded (quant/mxfp4.py): counted in `rerounded_groups`, a
+            dict by tensor for each rank, with a UserWarning if there are any.
         weight_format="bf16": both bf16 or both fp32, no sf.
         linear1_bias [num_local_experts, 2 * intermediate], linear2_bias [num_local_experts, hidden]: bf16, fp16 or
             fp32, kept in fp32; with MoEConfig(bias=True) and only then.
@@ -98,6 +106,10 @@ class MoELayer(nn.Module):
                     f"linear1 has dtypes {dtypes}, earlier {self._dtype}; use one dtype on all ranks and loads"
                 )
             self._dtype = weights[0].linear1.dtype
+        if self.config.weight_format == "mxfp4":
+            weights, self.rerounded_groups = map(list, zip(*map(checks.fit_mxfp4, weights), strict=True))
+            if any(count for rank_counts in self.rerounded_groups for count in rank_counts.values()):
+                warnings.warn(f"MXFP4 groups re-rounded on loading: {self.rerounded_groups}", stacklevel=2)
         self._engine.load_weights(weights)
         self._loaded = True
 

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 from megamoe.config import BLOCK, MoEConfig
+from megamoe.layout import MXFP4_GROUP
+from megamoe.quant import mxfp4
 from megamoe.quant.fp8 import E4M3, quantize_blocks
 from megamoe.steps import ExpertWeights, RankInput
 
@@ -57,11 +59,15 @@ def expert_weights(
 def _weights(
     config: MoEConfig, num_local_experts: int, device: torch.device, rank: str, linear1, linear1_sf, linear2, linear2_sf
 ) -> ExpertWeights:
+    """mxfp4: as loaded; groups outside the binades of their base are still to be re-rounded (fit_mxfp4)."""
     shape1 = (num_local_experts, 2 * config.intermediate, config.hidden)
     shape2 = (num_local_experts, config.hidden, config.intermediate)
     if config.weight_format == "fp8":
         first = _fp8_weight(f"linear1{rank}", linear1, linear1_sf, shape1, device)
         return ExpertWeights(*first, *_fp8_weight(f"linear2{rank}", linear2, linear2_sf, shape2, device))
+    if config.weight_format == "mxfp4":
+        first = _mxfp4_weight(f"linear1{rank}", linear1, linear1_sf, shape1, device)
+        return ExpertWeights(*first, *_mxfp4_weight(f"linear2{rank}", linear2, linear2_sf, shape2, device))
     for name, sf in (("linear1_sf", linear1_sf), ("linear2_sf", linear2_sf)):
         if sf is not None:
             raise ValueError(
@@ -70,6 +76,51 @@ def _weights(
     tensor(f"linear1{rank}", linear1, shape1, (torch.bfloat16, torch.float32), device)
     tensor(f"linear2{rank}", linear2, shape2, (linear1.dtype,), device)
     return ExpertWeights(linear1, None, linear2, None)
+
+
+def _mxfp4_weight(name: str, weight, sf, shape: tuple[int, int, int], device: torch.device) -> mxfp4.Mxfp4:
+    base, bracket, rank = name.partition("[")
+    sf_name = f"{base}_sf{bracket}{rank}"
+    experts, rows, columns = shape
+    if isinstance(weight, Tensor) and weight.dtype in LOADABLE:
+        tensor(name, weight, shape, LOADABLE, device)
+        if sf is not None:
+            raise ValueError(
+                f"{sf_name} was given with {name} in {weight.dtype}; scale factors belong to uint8 codes, drop it"
+            )
+        found = mxfp4.quantize(weight)
+    else:
+        tensor(name, weight, (experts, rows, columns // 2), (torch.uint8, *LOADABLE), device)
+        if sf is None:
+            raise ValueError(f"{sf_name} is missing; mxfp4 codes need uint8 {[experts, rows, columns // MXFP4_GROUP]}")
+        tensor(sf_name, sf, (experts, rows, columns // MXFP4_GROUP), (torch.uint8,), device)
+        found = mxfp4.Mxfp4(weight, sf)
+    for expert in range(experts):
+        problem = mxfp4.refusal(found.codes[expert], found.sf[expert])
+        if problem:
+            raise ValueError(f"{name} of local expert {expert}: {problem}; repair the checkpoint")
+    return found
+
+
+def fit_mxfp4(weights: ExpertWeights) -> tuple[ExpertWeights, dict[str, int]]:
+    """The weights that the kernel multiplies, and how many groups of each tensor had to be re-rounded for it.
+
+    Tensors without such groups are handed through; of others a copy is made."""
+    tensors, counts = [], {}
+    for name, codes, sf in (
+        ("linear1", weights.linear1, weights.linear1_sf),
+        ("linear2", weights.linear2, weights.linear2_sf),
+    ):
+        counts[name] = 0
+        for expert in range(len(codes)):
+            fitted = mxfp4.fit(codes[expert], sf[expert])
+            if fitted.rerounded and not counts[name]:
+                codes, sf = codes.clone(), sf.clone()
+            if fitted.rerounded:
+                codes[expert], sf[expert] = fitted.codes, fitted.sf
+            counts[name] += fitted.rerounded
+        tensors += [codes, sf]
+    return ExpertWeights(*tensors), counts
 
 
 def _fp8_weight(name: str, weight, sf, shape: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -111,7 +162,7 @@ def hidden_states(
     """-> (x, x_sf or None)."""
     name = f"hidden_states{rank}"
     is_pair = isinstance(value, tuple | list)
-    if is_pair and (len(value) != 2 or config.weight_format != "fp8"):
+    if is_pair and (len(value) != 2 or not config.has_e4m3_activations):
         raise TypeError(
             f"{name} has type {type(value).__name__} and length {len(value)}; pass a tensor, or with 'fp8' a pair "
             "(e4m3, sf)"
@@ -120,7 +171,7 @@ def hidden_states(
     if is_pair:
         dtypes = (E4M3,)
     else:
-        dtypes = (torch.bfloat16,) if config.weight_format == "fp8" else (weight_dtype,)
+        dtypes = (torch.bfloat16,) if config.has_e4m3_activations else (weight_dtype,)
     if not isinstance(x, Tensor) or x.dim() != 2:
         got = f"has shape {list(x.shape)}" if isinstance(x, Tensor) else f"has type {type(x).__name__}"
         raise (ValueError if isinstance(x, Tensor) else TypeError)(
@@ -128,7 +179,7 @@ def hidden_states(
         )
     if x.dtype == E4M3 and not is_pair:
         raise TypeError(f"{name} has dtype {x.dtype} without scale factors; pass the pair (e4m3, sf)")
-    if config.weight_format == "fp8" and not is_pair and x.dtype not in dtypes:
+    if config.has_e4m3_activations and not is_pair and x.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {x.dtype}; use torch.bfloat16 or a pair (e4m3, sf)")
     tensor(name, x, (x.shape[0], config.hidden), dtypes, device, aligned=True)
     if is_pair:
@@ -181,7 +232,7 @@ def out(config: MoEConfig, device: torch.device, rank: str, value, x: Tensor, we
     """The caller's output tensor, if any."""
     if value is None:
         return
-    dtype = torch.bfloat16 if config.weight_format == "fp8" else weight_dtype
+    dtype = torch.bfloat16 if config.has_e4m3_activations else weight_dtype
     tensor(f"out{rank}", value, (x.shape[0], config.hidden), (dtype,), device, aligned=True)
     if value.numel() and value.data_ptr() == x.data_ptr():
         raise ValueError(

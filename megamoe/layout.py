@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megamoe.plan import tiles
-from megamoe.plan.tiles import BLOCK_TOKENS, COMBINE_STEP, MAX_WEIGHTS_ON_M
+from megamoe.plan.tiles import BLOCK_TOKENS, COMBINE_STEP, TOKENS_ON_M
 
 MAX_EP_SIZE = 32  # a bit of a 32-bit mask per destination rank
 MAX_VIRTUAL_RANKS = 8
@@ -34,6 +34,13 @@ N_BLOCK = 256  # weight rows of an image and of a tile
 IMAGE_SF_OFFSET = N_BLOCK * K_BLOCK
 IMAGE_COPY_BYTES = IMAGE_SF_OFFSET + 16  # what one bulk copy moves: e4m3 values, two fp32 scale factors, padding
 IMAGE_PITCH_BYTES = IMAGE_SF_OFFSET + 128
+
+# The same of an MXFP4 image: codes, then one scale byte per 32 codes, then two fp32 bases (quant/mxfp4_images.py).
+MXFP4_GROUP = 32  # codes that share a UE8M0 scale
+MXFP4_SCALES_OFFSET = N_BLOCK * K_BLOCK // 2
+MXFP4_IMAGE_SF_OFFSET = MXFP4_SCALES_OFFSET + N_BLOCK * K_BLOCK // MXFP4_GROUP
+MXFP4_IMAGE_COPY_BYTES = MXFP4_IMAGE_SF_OFFSET + 16
+MXFP4_IMAGE_PITCH_BYTES = MXFP4_IMAGE_SF_OFFSET + 128
 
 ROLES = ("none", "plan", "weights", "tokens", "math", "store", "exchange", "exit")
 STEPS = ("none", "dispatch", "plan", "linear1", "swiglu", "linear2", "combine")
@@ -74,8 +81,7 @@ class Dims:
     @property
     def image_rows(self) -> int:
         """Rows of x_image: those received, each expert rounded up to whole blocks; 0 where no call needs them."""
-        tokens_on_m = self.max_block_tokens > MAX_WEIGHTS_ON_M
-        return self.rows + self.max_block_tokens * self.num_local_experts if tokens_on_m else 0
+        return self.rows + TOKENS_ON_M * self.num_local_experts if self.max_block_tokens == TOKENS_ON_M else 0
 
     @property
     def max_m_blocks(self) -> int:
@@ -323,12 +329,16 @@ def render_header() -> str:
         ("kCombineStep", COMBINE_STEP),
         ("kKBlock", K_BLOCK),
         ("kNBlock", N_BLOCK),
-        ("kImageSfOffset", IMAGE_SF_OFFSET),
-        ("kImageCopyBytes", IMAGE_COPY_BYTES),
+        ("kFp8ImageSfOffset", IMAGE_SF_OFFSET),
+        ("kFp8ImageCopyBytes", IMAGE_COPY_BYTES),
         ("kTraceRecords", TRACE_RECORDS),
         ("kNumTraceRoles", len(TRACE_ROLES)),
-        ("kImagePitchBytes", IMAGE_PITCH_BYTES),
         ("kNumRegions", len(REGIONS)),
+        ("kFp8ImagePitchBytes", IMAGE_PITCH_BYTES),
+        ("kMxfp4ScalesOffset", MXFP4_SCALES_OFFSET),
+        ("kMxfp4ImageSfOffset", MXFP4_IMAGE_SF_OFFSET),
+        ("kMxfp4ImageCopyBytes", MXFP4_IMAGE_COPY_BYTES),
+        ("kMxfp4ImagePitchBytes", MXFP4_IMAGE_PITCH_BYTES),
     )
     out.append("".join(f"constexpr u32 {name} = {value};\n" for name, value in constants))
     enums = (("Role", ROLES), ("Step", STEPS), ("Code", CODES), ("Trace", TRACE_ROLES), ("Event", TRACE_EVENTS),

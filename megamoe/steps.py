@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megamoe.config import MoEConfig
+from megamoe.quant import mxfp4
 from megamoe.quant.fp8 import Quantized, dequantize_blocks, dequantize_rows, quantize_rows
 from megamoe.route.router import route
 
@@ -48,6 +49,8 @@ class ExpertWeights(NamedTuple):
     linear2_sf: fp32 [E, hidden / 128, intermediate / 128]; None in bf16 format.
     linear1_bias: fp32 [E, 2 * intermediate], in the order of linear1's rows; None without MoEConfig.bias.
     linear2_bias: fp32 [E, hidden]; None without MoEConfig.bias.
+    mxfp4 format: linear1 uint8 [E, 2 * intermediate, hidden / 2], linear1_sf uint8 [E, 2 * intermediate, hidden / 32];
+        linear2 uint8 [E, hidden, intermediate / 2], linear2_sf uint8 [E, hidden, intermediate / 32]: quant/mxfp4.py.
     """
 
     linear1: Tensor
@@ -103,7 +106,7 @@ def dispatch(config: MoEConfig, exchange, inputs: list[RankInput]) -> list[Dispa
     for rank_input in inputs:
         n = _num_tokens(rank_input)
         x, x_sf = rank_input.x[:n], rank_input.x_sf
-        if config.weight_format == "fp8":
+        if config.has_e4m3_activations:
             x, x_sf = quantize_rows(x) if x_sf is None else Quantized(x, x_sf[:n])
         topk_idx = rank_input.topk_idx[:n].long()
         token, slot = (topk_idx >= 0).nonzero(as_tuple=True)  # row-major: by token, then slot
@@ -128,7 +131,7 @@ def linear1(
     -> [R, 2 * intermediate] in ``dtype``: first gate, then up.
     With e4m3 operands each 128 of K contributes sf_x * sf_w * sum(q_x * q_w), added up in fp32 (DeepSeek-V3 report,
     3.3.2, "Increasing Accumulation Precision"). Written here as the product of the dequantized operands: the same sum.
-    dtype=float64 gives the error-free value of the same operands.
+    dtype=float64 gives the error-free value of the same operands. mxfp4 format: the same sum with the decoded weights.
     """
     acc = _grouped_matmul(rows.x, rows.x_sf, weights.linear1, weights.linear1_sf, rows.num_rows, dtype)
     return acc if weights.linear1_bias is None else acc + weights.linear1_bias[rows.local_expert].to(dtype)
@@ -155,7 +158,7 @@ def swiglu(config: MoEConfig, acc: Tensor, topk_weight: Tensor, out_dtype: torch
         h = gate / (1 + torch.exp(-OAI_ALPHA * gate)) * (up + 1) * topk_weight[:, None].to(acc.dtype)
     else:
         h = gate / (1 + torch.exp(-gate)) * up * topk_weight[:, None].to(acc.dtype)
-    return quantize_rows(h) if config.weight_format == "fp8" else Quantized(h.to(out_dtype), None)
+    return quantize_rows(h) if config.has_e4m3_activations else Quantized(h.to(out_dtype), None)
 
 
 def linear2(
@@ -170,7 +173,7 @@ def linear2(
     -> [R, hidden] in bf16 (bf16 format: the dtype of h). Accumulation as in linear1.
     """
     values, sf = h
-    row_dtype = torch.bfloat16 if config.weight_format == "fp8" else values.dtype
+    row_dtype = torch.bfloat16 if config.has_e4m3_activations else values.dtype
     y = _grouped_matmul(values, sf, weights.linear2, weights.linear2_sf, num_rows, dtype)
     if weights.linear2_bias is not None:
         local_expert = torch.arange(len(num_rows)).repeat_interleave(torch.tensor(num_rows)).to(y.device)
@@ -289,9 +292,8 @@ def _grouped_matmul(
             end = begin + count
             if count:
                 a = x[begin:end].to(dtype) if x_sf is None else dequantize_rows(x[begin:end], x_sf[begin:end], dtype)
-                b = weight[expert].to(dtype)
-                b = b if weight_sf is None else dequantize_blocks(weight[expert], weight_sf[expert], dtype)
-                out[begin:end] = _matmul(a, b.t())
+                sf = None if weight_sf is None else weight_sf[expert]
+                out[begin:end] = _matmul(a, _dequantize_weight(weight[expert], sf, dtype).t())
             begin = end
     return out
 
@@ -306,6 +308,12 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
     blocks = torch.nn.functional.pad(a, (0, 0, 0, -len(a) % MATMUL_ROWS)).split(MATMUL_ROWS)
     return torch.cat([block @ b for block in blocks])[: len(a)]
+
+
+def _dequantize_weight(weight: Tensor, sf: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if sf is None:
+        return weight.to(dtype)
+    return (mxfp4.dequantize if weight.dtype == torch.uint8 else dequantize_blocks)(weight, sf, dtype)
 
 
 @contextmanager

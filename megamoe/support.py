@@ -74,9 +74,9 @@ def _device_reasons(
     if device.type != "cuda":
         return [f"device={device} has no implementation; use 'cuda' (sm_90) or 'cpu'"]
     reasons = _kernel_limits(ep_config, ep_size)
-    if config.weight_format != "fp8":
+    if not config.has_e4m3_activations:
         reasons.append(
-            f"weight_format={config.weight_format!r} runs on CPU only; use device='cpu' or weight_format='fp8'"
+            f"weight_format={config.weight_format!r} runs on CPU only; use device='cpu', weight_format='fp8' or 'mxfp4'"
         )
     if config.activation != "swiglu":
         reasons.append(f"activation={config.activation!r} has no kernel yet; use device='cpu'")

@@ -256,10 +256,11 @@ def trace_call(config, num_tokens: int, virtual_ranks: int, prequantized: bool) 
         untraced_us = begin.elapsed_time(end) * 1000 / TIMED_CALLS
 
         fused, num_ctas = workspace.fused, workspace.fused.ctas_per_rank
-        shipped, traced = fused.kernels[block], fused.load_kernel(block, TRACE=1)
+        shipped = fused.kernels[config.weight_format, block]
+        traced = fused.load_kernel(config.weight_format, block, TRACE=1)
         shape = num_ctas, len(TRACE_ROLES), TRACE_RECORDS, 2
         buffers = [torch.zeros(shape, dtype=torch.int64, device="cuda") for _ in ranks]
-        fused.kernels[block] = traced
+        fused.kernels[config.weight_format, block] = traced
         try:
             call(WARM_UP_CALLS)  # without a buffer nothing is noted
             for rank, buffer in enumerate(buffers):
@@ -269,7 +270,7 @@ def trace_call(config, num_tokens: int, virtual_ranks: int, prequantized: bool) 
             layer.check()
         finally:
             torch.cuda.synchronize()
-            fused.kernels[block] = shipped
+            fused.kernels[config.weight_format, block] = shipped
             traced.close()
         lists = [decode(buffer.flatten().tolist(), num_ctas) for buffer in buffers]
     words = (f"{config.hidden}/{config.intermediate}, {config.num_experts} experts, topk {config.topk}, {num_tokens} "

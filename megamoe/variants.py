@@ -82,7 +82,8 @@ def time_variants(kernels: dict[str, CompiledKernel], given: argparse.Namespace)
 
             for name, kernel in kernels.items():
                 shared_bytes = read_symbol_u32(kernel.cubin, "mega_moe_shared_bytes")
-                workspace.fused.kernels[given.block_tokens] = LoadedKernel(kernel.cubin, kernel.entry, shared_bytes)
+                loaded = LoadedKernel(kernel.cubin, kernel.entry, shared_bytes)
+                workspace.fused.kernels[config.weight_format, given.block_tokens] = loaded
                 print(
                     f"{tokens:8d} tokens  {name:32} {median_us(call, 5 if tokens > 2000 else 20):9.1f} us", flush=True
                 )

@@ -90,7 +90,7 @@ def compile_main(argv: list[str]) -> int:
 
 def _builds_of(path: str, ep_size: int, capacity: int) -> list[KernelBuild]:
     from megamoe.config import EPConfig
-    from megamoe.engine_fused import blocks_of
+    from megamoe.engine_fused import builds_of
     from megamoe.hf_config import moe_config_of
     from megamoe.support import support
 
@@ -99,7 +99,7 @@ def _builds_of(path: str, ep_size: int, capacity: int) -> list[KernelBuild]:
     if not report.ok:
         raise ValueError("; ".join(report.reasons))
     print(f"{path}: {config}", file=sys.stderr)
-    return [kernel_build(block) for block in blocks_of([config], ep_size, capacity)]
+    return [kernel_build(block, form) for form, block in builds_of([config], ep_size, capacity)]
 
 
 def verify_main(argv: list[str]) -> int:

@@ -29,8 +29,8 @@ def compile_once_a_node(workspace) -> None:
 def compile_for(configs, ep_size: int, capacity: int) -> list:
     """Compile into the cache every kernel that calls of up to `capacity` tokens a rank can choose; needs no GPU."""
     from megamoe.builds import kernel_build
-    from megamoe.engine_fused import blocks_of
+    from megamoe.engine_fused import builds_of
     from megamoe_cuda.compile import compile_kernel
 
-    builds = [kernel_build(block) for block in blocks_of(configs, ep_size, capacity)]
+    builds = [kernel_build(block, form) for form, block in builds_of(configs, ep_size, capacity)]
     return [compile_kernel(build.source, build.entry, build.defines) for build in builds]

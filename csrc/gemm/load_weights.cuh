@@ -15,11 +15,12 @@ MOE_DEVICE u32 k_blocks_of(const Launch& l, const TileSlot& t) {
     return (t.kind == kTile_linear2 ? l.p.intermediate : l.p.hidden) / kKBlock;
 }
 
+template <class C>
 MOE_DEVICE const u8* first_image(const Launch& l, const TileSlot& t) {
     const bool second = t.kind == kTile_linear2;
     const u32 n_blocks = second ? l.n_blocks2() : l.n_blocks1();
     return reinterpret_cast<const u8*>(second ? l.me.linear2 : l.me.linear1) +
-           (u64(t.expert) * n_blocks + t.n_block) * k_blocks_of(l, t) * u64(kImagePitchBytes);
+           (u64(t.expert) * n_blocks + t.n_block) * k_blocks_of(l, t) * u64(C::kImagePitchBytes);
 }
 
 // Only a hint, given while the plan is made: asks the L2 cache for the first images of what is this CTA's first tile if
@@ -36,8 +37,8 @@ MOE_DEVICE void prefetch_first_tile(const Launch& l) {
     const u32 stages = min_u32(static_cast<u32>(l.p.prefetch_stages), k_blocks);
     if (stages == 0 || expert >= experts || n_block >= n_blocks) return;
     ptx::bulk_prefetch_l2(
-        reinterpret_cast<const u8*>(l.me.linear1) + (u64(expert) * n_blocks + n_block) * k_blocks * kImagePitchBytes,
-        stages * kImagePitchBytes);
+        reinterpret_cast<const u8*>(l.me.linear1) + (u64(expert) * n_blocks + n_block) * k_blocks * C::kImagePitchBytes,
+        stages * C::kImagePitchBytes);
 }
 
 // Announces tile `number`, or the end. Readers: every other role of linear1 and linear2.
@@ -49,7 +50,7 @@ MOE_DEVICE void announce(const Launch& l, SharedStorage<C>& s, u32 ticket, u32 n
     // A lost launch takes no further tile; those announced before run to their end. In a cluster both CTAs keep step.
     if (ticket < s.num_tickets && (s.healthy || C::kCluster > 1)) {
         tile_of_ticket(l, s, ticket, t);
-        t.weights = first_image(l, t);
+        t.weights = first_image<C>(l, t);
     } else {
         t.kind = kTile_end;
     }
@@ -63,13 +64,13 @@ MOE_DEVICE void load_image(const Launch& l, SharedStorage<C>& s, const u8* image
     const u64 policy = C::kWeightsOnM ? ptx::policy_evict_first() : ptx::policy_evict_normal();
     u64* full = &s.weights_full[stage];
     u8* to = s.stages[stage].weights;
-    ptx::mbarrier_arrive_expect_tx(full, kImageCopyBytes);
+    ptx::mbarrier_arrive_expect_tx(full, C::kImageCopyBytes);
     if (C::kCluster == 1 || !shares) {
-        ptx::bulk_load_hint(to, image, kImageCopyBytes, full, policy);
+        ptx::bulk_load_hint(to, image, C::kImageCopyBytes, full, policy);
     } else {
-        constexpr u32 kHalf = kImageSfOffset / 2;
+        constexpr u32 kHalf = C::kImageSfOffset / 2;
         const u32 begin = l.cta % 2 ? kHalf : 0;
-        ptx::bulk_load_pair(to + begin, image + begin, begin ? kImageCopyBytes - kHalf : kHalf, full, policy);
+        ptx::bulk_load_pair(to + begin, image + begin, begin ? C::kImageCopyBytes - kHalf : kHalf, full, policy);
     }
 }
 
@@ -117,7 +118,7 @@ MOE_DEVICE void load_weights(const Launch& l, SharedStorage<C>& s) {
 #pragma unroll 1
         for (u32 k = 0; k < k_blocks; ++k, stage.advance()) {
             wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());
-            load_image(l, s, t.weights + u64(k) * kImagePitchBytes, stage.slot(), t.shares_weights);
+            load_image(l, s, t.weights + u64(k) * C::kImagePitchBytes, stage.slot(), t.shares_weights);
             if (k == min_u32(kAnnounceAt, k_blocks - 1)) {
                 const u32 current = computed_here(number);
                 announce(l, s, draws.take(l, s, current), current + 1);

@@ -80,7 +80,16 @@ MOE_DEVICE QuantizedChunk quantize_bf16(uint4 a, uint4 b) {
     return {make_uint4(q[0], q[1], q[2], q[3]), sf};
 }
 
+// What goes to bytes [column, column + 16) of a row in the order of permute_k, from a row in K order. Word: 4 columns.
+template <class Word>
+MOE_DEVICE void read_permuted(const Word* row, u32 column, Word (&words)[4]) {
+    const Word* group = row + column / kKBlock * (kKBlock / 4);
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) words[i] = group[column / 16 % 8 + 8 * i];
+}
+
 // One row to every rank of `dst_mask`: 512 columns a step, 16 e4m3 a lane.
+template <class C>
 MOE_DEVICE void push_row(const Launch& l, u32 token, u32 dst_mask, u32 lane) {
     const u32 me = l.me.ep_rank, hidden = l.p.hidden, groups = hidden / kKBlock;
     if (l.p.x_is_fp8) {
@@ -88,7 +97,14 @@ MOE_DEVICE void push_row(const Launch& l, u32 token, u32 dst_mask, u32 lane) {
         const f32* x_sf = reinterpret_cast<const f32*>(l.me.x_sf) + u64(token) * groups;
 #pragma unroll 4
         for (u32 column = lane * 16; column < hidden; column += 512) {
-            const uint4 v = *reinterpret_cast<const uint4*>(x + column);
+            uint4 v;
+            if constexpr (C::kIsMxfp4) {
+                u32 words[4];
+                read_permuted(reinterpret_cast<const u32*>(x), column, words);
+                v = make_uint4(words[0], words[1], words[2], words[3]);
+            } else {
+                v = *reinterpret_cast<const uint4*>(x + column);
+            }
             for (u32 rest = dst_mask; rest; rest &= rest - 1)
                 ptx::st_v4(l.recv_x(__ffs(rest) - 1, me, token) + column, v);
         }
@@ -103,8 +119,16 @@ MOE_DEVICE void push_row(const Launch& l, u32 token, u32 dst_mask, u32 lane) {
     for (u32 base = 0; base < hidden; base += 512) {
         const u32 column = base + lane * 16;
         const bool inside = column < hidden;  // whole groups of 8 lanes: hidden is a multiple of 128
-        const uint4* source = reinterpret_cast<const uint4*>(x + (inside ? column : 0));
-        const QuantizedChunk q = quantize_bf16(source[0], source[1]);
+        QuantizedChunk q;
+        if constexpr (C::kIsMxfp4) {
+            uint2 words[4];
+            read_permuted(reinterpret_cast<const uint2*>(x), inside ? column : lane % 8 * 16, words);
+            q = quantize_bf16(make_uint4(words[0].x, words[0].y, words[1].x, words[1].y),
+                              make_uint4(words[2].x, words[2].y, words[3].x, words[3].y));
+        } else {
+            const uint4* source = reinterpret_cast<const uint4*>(x + (inside ? column : 0));
+            q = quantize_bf16(source[0], source[1]);
+        }
         if (!inside) continue;
         for (u32 rest = dst_mask; rest; rest &= rest - 1) {
             const u32 dst = __ffs(rest) - 1;
@@ -115,6 +139,7 @@ MOE_DEVICE void push_row(const Launch& l, u32 token, u32 dst_mask, u32 lane) {
 }
 
 // Rows of this warp's tokens, four behind one fence: it waits for every store in flight.
+template <class C>
 MOE_DEVICE void push_rows(const Launch& l) {
     constexpr u32 kBatch = 4;
     const u32 lane = lane_id(), stride = item_stride(l), me = l.me.ep_rank;
@@ -126,7 +151,7 @@ MOE_DEVICE void push_rows(const Launch& l) {
             const bool valid = id >= 0 && id < static_cast<i32>(l.num_experts());
             const u32 mask = __reduce_or_sync(~0u, valid ? 1u << (static_cast<u32>(id) / l.p.num_local_experts) : 0u);
             if (lane == b) masks = mask;
-            push_row(l, token, mask, lane);
+            push_row<C>(l, token, mask, lane);
         }
         __syncwarp();
         ptx::fence_acq_rel_sys();

@@ -1,6 +1,7 @@
 // linear1 and linear2 as the math warpgroups see them: tile after tile, K loop, epilogue, hand-over to the store warp.
 #pragma once
 #include "gemm/mainloop.cuh"
+#include "gemm/mxfp4.cuh"
 #include "pipeline/3_swiglu.cuh"
 #include "pipeline/4_linear2.cuh"
 
@@ -44,7 +45,8 @@ MOE_DEVICE void compute_tiles(const Launch& l, SharedStorage<C>& s) {
         if (t.kind == kTile_end) return;
         mark_math(l, s, kEvent_tile, next);
         Accumulator<C> acc;
-        accumulate(l, s, acc, stage, t);
+        if constexpr (C::kIsMxfp4) accumulate_mxfp4(l, s, acc, stage, t);
+        else accumulate(l, s, acc, stage, t);
 #ifdef DUMP_LINEAR1
         dump_linear1(l, acc, t);
 #endif

@@ -15,6 +15,12 @@ MOE_DEVICE f32 swiglu(f32 gate, f32 up, f32 limit, f32 weight) {
            weight;  // exp(-x) = 2^(-x log2 e)
 }
 
+// Where h column `column` of 128 lies in a row of the image: linear2's weights must lie in the same order of K.
+template <class C>
+MOE_DEVICE u32 h_byte(u32 column) {
+    return C::kIsMxfp4 ? permute_k(column) : column;
+}
+
 // Weights on M: a thread holds gate (row r) and up (row r + 8) of h column 8 (4 slab + warp) + r, for tokens 8 j + 2 q
 // + {0, 1}.
 template <class C>
@@ -63,8 +69,8 @@ MOE_DEVICE void quantize_weights_on_m(const Launch& l, SharedStorage<C>& s, Accu
             const u32 pair = ptx::pack_e4m3(acc.sum[0][4 * j + c] * scale, acc.sum[1][4 * j + c] * scale);
             const u32 column =
                 warp / 4 * 64 + warp % 4 * 8 + r;  // slab 2 (warp / 4); the other slab lies 32 columns on
-            ptx::st_shared_u8(staging + swizzle_128b(token, column), pair & 0xFF);
-            ptx::st_shared_u8(staging + swizzle_128b(token, column + 32), pair >> 8);
+            ptx::st_shared_u8(staging + swizzle_128b(token, h_byte<C>(column)), pair & 0xFF);
+            ptx::st_shared_u8(staging + swizzle_128b(token, h_byte<C>(column + 32)), pair >> 8);
         }
     }
 }

@@ -5,10 +5,12 @@ All choices come from values that are equal on all ranks, or concern one rank al
 
 import math
 
-BLOCK_TOKENS = (8, 16, 32, 64, 128)
-"""Tokens of a tile. Up to 64 the weights lie on the wgmma M side and tokens on N; 128 puts the tokens on M."""
+TILES = {"fp8": (8, 16, 32, 64, 128), "mxfp4": (8, 16, 32, 64, 96, 104)}
+"""Tokens of a tile that the kernel is built for, by weight format. Weights lie on the wgmma M side and tokens on N, but
+in tiles of TOKENS_ON_M. MXFP4 weights are decoded into registers, and only M may come from there; 112 tokens spill."""
 
-MAX_WEIGHTS_ON_M = 64
+BLOCK_TOKENS = tuple(sorted(set().union(*TILES.values())))
+TOKENS_ON_M = 128
 COMBINE_STEP = 256
 """Columns that a warp sums at once."""
 
@@ -17,20 +19,23 @@ def choose_block_tokens(config, ep_size: int, num_tokens_bound: int) -> int:
     """Tokens of a tile for a call of at most num_tokens_bound tokens on each of ep_size ranks.
 
     With r rows an expert on average, the smallest block that holds r and 1.5 standard deviations of a uniform routing:
-    a second block of the same expert reads its weights again. Beyond 64, tokens go to the wgmma M side.
+    a second block of the same expert reads its weights again. Formats without a kernel are planned as FP8.
     """
     rows = max(num_tokens_bound, 1) * ep_size * config.topk / config.num_experts
     wanted = rows + 1.5 * math.sqrt(rows)
-    return next((block for block in BLOCK_TOKENS if block >= wanted), BLOCK_TOKENS[-1])
+    tiles = TILES.get(config.weight_format, TILES["fp8"])
+    return next((block for block in tiles if block >= wanted), tiles[-1])
 
 
 def tile_order(block_tokens: int) -> tuple[int, int]:
     """(group, lag) of csrc/sched/order.cuh.
 
-    Few rows an expert: all of linear1, then all of linear2. Many: waves of 8 pairs of blocks (two rounds of the GPU at
-    intermediate 2048), linear2 two waves behind.
+    Few rows an expert: all of linear1, then all of linear2. Many: waves of 16 blocks (two rounds of the GPU at
+    intermediate 2048), linear2 two waves behind; with tokens on M a group is pairs of blocks.
     """
-    return (1, 1 << 20) if block_tokens <= MAX_WEIGHTS_ON_M else (8, 2)
+    if block_tokens <= 64:
+        return 1, 1 << 20
+    return (8 if block_tokens == TOKENS_ON_M else 16), 2
 
 
 def prefetch_stages(config, ep_size: int, num_tokens_bound: int) -> int:

@@ -22,7 +22,7 @@ def image_shape(linear: int, num_local_experts: int, hidden: int, intermediate: 
     return num_local_experts, -(-hidden // N_BLOCK), intermediate // K_BLOCK, IMAGE_PITCH_BYTES
 
 
-def _order_rows(linear: int, rows: Tensor) -> Tensor:
+def order_rows(linear: int, rows: Tensor) -> Tensor:
     """[N, K] -> [n blocks, 256, K] in image order."""
     if linear == 1:
         gate, up = rows.view(2, -1, 16, 8, rows.shape[1])
@@ -31,7 +31,7 @@ def _order_rows(linear: int, rows: Tensor) -> Tensor:
     return torch.nn.functional.pad(rows, (0, 0, 0, missing)).view(-1, N_BLOCK, rows.shape[1])
 
 
-def _order_sf(linear: int, sf: Tensor) -> Tensor:
+def order_sf(linear: int, sf: Tensor) -> Tensor:
     """[N / 128, k blocks] -> [n blocks, k blocks, 2]."""
     if linear == 1:
         return torch.stack(sf.chunk(2), dim=-1)
@@ -50,13 +50,13 @@ def pack_expert(linear: int, values: Tensor, sf: Tensor, out: Tensor) -> None:
     linear: 1 or 2. values: e4m3 [N, K], as steps.ExpertWeights. sf: fp32 [N / 128, K / 128].
     out: uint8 [n blocks, k blocks, IMAGE_PITCH_BYTES], written in place.
     """
-    rows = _order_rows(linear, values.view(torch.uint8))
+    rows = order_rows(linear, values.view(torch.uint8))
     n_blocks, k_blocks = rows.shape[0], rows.shape[2] // K_BLOCK
     chunks = rows.view(n_blocks, N_BLOCK // 8, 8, k_blocks, 8, 16).permute(0, 3, 1, 2, 4, 5)
     row, chunk = _swizzle_index(values.device)
     out[..., :IMAGE_SF_OFFSET] = chunks[:, :, :, row, chunk].reshape(n_blocks, k_blocks, IMAGE_SF_OFFSET)
     tail = torch.zeros(n_blocks, k_blocks, (IMAGE_PITCH_BYTES - IMAGE_SF_OFFSET) // 4, device=values.device)
-    tail[..., :2] = _order_sf(linear, sf)
+    tail[..., :2] = order_sf(linear, sf)
     out[..., IMAGE_SF_OFFSET:] = tail.view(torch.uint8)
 
 

@@ -50,7 +50,7 @@ def random_case(
     )
     counts = [draw.choice((0, 1, draw.randint(0, max_tokens), max_tokens)) for _ in range(ep_size)]
     routing = draw.choice(ROUTINGS)
-    prequantized = weight_format == "fp8" and draw.random() < 0.3
+    prequantized = config.has_e4m3_activations and draw.random() < 0.3
     case = make_case(seed, config, ep_size, counts, routing, device, prequantized=prequantized)
     poisoned, partial = draw.random() < 0.3, draw.random() < 0.4
     wide_ids, narrow_weights = draw.random() < 0.5, draw.random() < 0.5

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megamoe.config import MoEConfig
+from megamoe.quant import mxfp4
 from megamoe.quant.fp8 import quantize_blocks, quantize_rows
 from megamoe.steps import ExpertWeights, RankInput
 
@@ -65,7 +66,7 @@ def make_weights(
         shapes = (2 * config.intermediate, config.hidden), (config.hidden, config.intermediate)
         for i, shape in enumerate(shapes):
             matrix = torch.randn(shape, generator=generator, device=device) / shape[1] ** 0.5
-            values, sf = quantize_blocks(matrix) if config.weight_format == "fp8" else (matrix.to(dtype), None)
+            values, sf = _QUANTIZE[config.weight_format](matrix, dtype)
             parts[2 * i].append(values)
             parts[2 * i + 1].append(sf)
     weights = ExpertWeights(*(None if part[0] is None else _stack(part) for part in parts))
@@ -76,6 +77,13 @@ def make_weights(
         for columns in (2 * config.intermediate, config.hidden)
     ]
     return weights._replace(linear1_bias=biases[0], linear2_bias=biases[1])
+
+
+_QUANTIZE = {
+    "fp8": lambda matrix, dtype: quantize_blocks(matrix),
+    "mxfp4": lambda matrix, dtype: mxfp4.quantize(matrix),
+    "bf16": lambda matrix, dtype: (matrix.to(dtype), None),
+}
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

@@ -59,16 +59,31 @@ def _expand(values, sf, rows_per_sf: int) -> np.ndarray:
     return wide * factors
 
 
+def _expand_mxfp4(codes, sf) -> np.ndarray:
+    packed = codes.detach().cpu().numpy()
+    nibbles = np.stack((packed % 16, packed // 16), -1).reshape(packed.shape[0], -1)
+    exponent, mantissa = nibbles // 2 % 4, nibbles % 2
+    magnitude = np.where(exponent == 0, 0.5 * mantissa, np.ldexp(1 + 0.5 * mantissa, exponent.astype(int) - 1))
+    scale = np.ldexp(1.0, sf.detach().cpu().numpy().astype(int) - 127)
+    return np.where(nibbles < 8, magnitude, -magnitude) * np.repeat(scale, 32, 1)
+
+
+def _expand_weight(weight_format: str, values, sf) -> np.ndarray:
+    if weight_format == "mxfp4":
+        return _expand_mxfp4(values, sf)
+    return _expand(values, sf, 128)
+
+
 def moe_reference(config, weights, inputs, tokens: list[list[int]] | None = None) -> list[torch.Tensor]:
     """Expected output of the layer, all ranks at once.
 
     config: a MoEConfig, or what has its fields. weights, inputs: one per rank,
-    with the fields of steps.ExpertWeights and steps.RankInput; e4m3 weights carry sf.
+    with the fields of steps.ExpertWeights and steps.RankInput; e4m3 weights and MXFP4 codes carry sf.
     tokens: per rank the token indices to compute (None = all); other rows stay NaN.
     -> float64 [n, hidden] per rank, on CPU. Rounded to bf16 where the format says so: each linear2 row and the final
     sum.
     """
-    fp8 = config.weight_format == "fp8"
+    fp8 = config.weight_format != "bf16"  # activations
     num_local_experts = config.num_experts // len(weights)
     wanted: dict[int, list[tuple[int, int, int]]] = {}
     xs, totals, rows = [], [], {}
@@ -92,8 +107,8 @@ def moe_reference(config, weights, inputs, tokens: list[list[int]] | None = None
             rank_weights = weights[home]
             sf1 = rank_weights.linear1_sf[local] if fp8 else None
             sf2 = rank_weights.linear2_sf[local] if fp8 else None
-            first = _expand(rank_weights.linear1[local], sf1, 128)
-            second = _expand(rank_weights.linear2[local], sf2, 128)
+            first = _expand_weight(config.weight_format, rank_weights.linear1[local], sf1)
+            second = _expand_weight(config.weight_format, rank_weights.linear2[local], sf2)
             bias1, bias2 = (
                 bias[local].double().cpu().numpy() if config.bias else 0.0
                 for bias in (rank_weights.linear1_bias, rank_weights.linear2_bias)

@@ -24,7 +24,7 @@ GOOD = {"hidden": 256, "intermediate": 128, "num_experts": 8, "topk": 2}
         ("num_experts", True, TypeError, "num_experts=True has type bool"),
         ("topk", 0, ValueError, "topk=0 must be between 1 and 16; nearest legal value 1"),
         ("topk", 17, ValueError, "topk=17 must be between 1 and 16; nearest legal value 16"),
-        ("weight_format", "int4", ValueError, "weight_format='int4' must be one of 'fp8', 'bf16'"),
+        ("weight_format", "int4", ValueError, "weight_format='int4' must be one of 'fp8', 'mxfp4', 'bf16'"),
         ("swiglu_limit", 0.0, ValueError, "swiglu_limit=0.0 must be a finite number above 0"),
         ("swiglu_limit", float("nan"), ValueError, "swiglu_limit=nan must be a finite number above 0"),
         ("swiglu_limit", "7", TypeError, "swiglu_limit='7' has type str; pass a number"),
@@ -78,6 +78,8 @@ def test_support_gives_reasons():
         "weight_format='bf16' runs on CPU only"
         in support(MoEConfig(**GOOD, weight_format="bf16"), None, "cuda").reasons[0]
     )
+    reasons = support(MoEConfig(**GOOD, weight_format="mxfp4"), None, "cuda").reasons
+    assert not any("weight_format" in reason for reason in reasons)
     assert "has no implementation" in support(MoEConfig(**GOOD), None, "meta").reasons[0]
     gpt_oss = MoEConfig(**GOOD, activation="swiglu_oai", bias=True)
     assert support(gpt_oss, None, "cpu").ok

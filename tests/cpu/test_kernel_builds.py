@@ -10,6 +10,7 @@ import pytest
 
 from megamoe import layout
 from megamoe.builds import DEBUG_SPILL_BYTES, KernelBuild, kernel_build, kernel_builds
+from megamoe.plan.tiles import TILES
 from megamoe_cuda.compile import CompiledKernel, compile_kernel, read_sources
 from megamoe_cuda.errors import CompileError, MissingLibraryError, nvrtc
 
@@ -30,8 +31,10 @@ def compiled() -> dict[str, CompiledKernel]:
         return dict(zip([build.name for build in kernel_builds()], pool.map(compile_build, kernel_builds())))
 
 
-def test_one_build_for_each_tile_size():
-    assert [build.defines["BLOCK_TOKENS"] for build in kernel_builds()] == list(layout.BLOCK_TOKENS)
+def test_one_build_for_each_weight_format_and_tile_size():
+    tiles = [block for tiles in TILES.values() for block in tiles]
+    assert [build.defines["BLOCK_TOKENS"] for build in kernel_builds()] == tiles
+    assert len({build.name for build in kernel_builds()}) == len(kernel_builds())
 
 
 @pytest.mark.parametrize("build", kernel_builds(), ids=lambda build: build.name)
@@ -80,6 +83,8 @@ def test_an_illegal_tile_size_does_not_compile(compiled):
     build = kernel_build(128)
     with pytest.raises(CompileError, match="static"):
         compile_kernel(build.source, build.entry, {"BLOCK_TOKENS": 96})
+    with pytest.raises(CompileError, match="static"):
+        compile_kernel(build.source, build.entry, {"BLOCK_TOKENS": 128, "WEIGHT_FORMAT": "kMxfp4"})
 
 
 def test_more_shared_memory_than_a_cta_has_does_not_compile(compiled):

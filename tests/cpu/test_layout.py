@@ -29,7 +29,7 @@ def test_regions_do_not_overlap_and_are_aligned(configs, ep_config, ep_size):
         end = 0
         for region in sorted((r for r in placed if r.where == where), key=lambda r: r.offset):
             assert region.offset >= end and region.offset % layout.REGION_ALIGN == 0, region
-            assert region.bytes > 0 or region.name in ("x_image", "x_image_ready")  # 128-token tile only
+            assert region.bytes > 0 or region.name in ("x_image", "x_image_ready")  # FP8 128-token tile only
             end = region.offset + region.bytes
         assert end <= total < end + layout.REGION_ALIGN
     assert len({region.name for region in placed}) == len(placed)
@@ -56,7 +56,7 @@ def test_every_layer_fits_into_the_shared_regions(configs, ep_config, ep_size):
             assert have["h_ready"] >= blocks * k_blocks * 4
             assert have["block_done"] >= blocks * 4
             assert have["h"] >= blocks * k_blocks * block * (128 + 4)
-        if tiles.choose_block_tokens(c, ep_size, tokens) > tiles.MAX_WEIGHTS_ON_M:
+        if tiles.choose_block_tokens(c, ep_size, tokens) == tiles.TOKENS_ON_M:
             assert have["x_image"] >= blocks * block * c.hidden // 128 * (128 + 4)
             assert have["x_image_ready"] >= blocks * block * 4
     assert have["head_ready"] >= 2 * ep_size * math.ceil(tokens / layout.HEAD_SLICE_TOKENS) * 4

@@ -31,7 +31,7 @@ class Plan(NamedTuple):
     poison_token: bool
 
 
-def draw(seed: int, ep_sizes: tuple[int, ...] = (1, 2, 4, 8)) -> Plan:
+def draw(seed: int, ep_sizes: tuple[int, ...] = (1, 2, 4, 8), weight_format: str = "fp8") -> Plan:
     r = random.Random(seed)
     ep_size = r.choice(ep_sizes)
     num_local_experts = r.choice((1, 2, 3, 8, 32))
@@ -42,6 +42,7 @@ def draw(seed: int, ep_sizes: tuple[int, ...] = (1, 2, 4, 8)) -> Plan:
         num_experts=ep_size * num_local_experts,
         topk=topk,
         swiglu_limit=r.choice((None, None, 0.5)),
+        weight_format=weight_format,
     )
     num_tokens = tuple(r.choice(TOKENS) for _ in range(ep_size))
     capacity = max(max(num_tokens), 1) + r.choice((0, 0, 1, 50))

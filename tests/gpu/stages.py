@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from megamoe import EPConfig, MoELayer, Workspace
+from megamoe import EPConfig, MoEConfig, MoELayer, Workspace
 from megamoe.plan import tiles
 from megamoe.quant.fp8 import Quantized
 from megamoe.testing.data import Case
@@ -24,11 +24,11 @@ class Stages(NamedTuple):
 
 
 @contextlib.contextmanager
-def _only_kernel(workspace: Workspace, block_tokens: int):
+def _only_kernel(workspace: Workspace, weight_format: str, block_tokens: int):
     """A build that writes linear1's sums takes the place of every kernel."""
     fused = workspace.fused
-    kernel = fused.load_kernel(block_tokens, DUMP_LINEAR1=1)
-    before, fused.kernels = fused.kernels, {block_tokens: kernel}
+    kernel = fused.load_kernel(weight_format, block_tokens, DUMP_LINEAR1=1)
+    before, fused.kernels = fused.kernels, {(weight_format, block_tokens): kernel}
     try:
         yield
         torch.cuda.synchronize()
@@ -46,8 +46,11 @@ def block_rows(num_rows: list[int], block_tokens: int, device) -> tuple[Tensor, 
     return torch.cat(places).to(device), block
 
 
-def read_h(workspace: Workspace, rank: int, intermediate: int, block_tokens: int, places: Tensor, blocks: int):
-    """The rows' h: images [block][k block], each block_tokens swizzled rows of 128 e4m3, then their scale factors."""
+def read_h(workspace: Workspace, rank: int, config: MoEConfig, block_tokens: int, places: Tensor, blocks: int):
+    """The rows' h: images [block][k block], each block_tokens swizzled rows of 128 e4m3, then their scale factors.
+
+    For mxfp4 each 128 of a row is in the order of permute_k (csrc/gemm/mxfp4_decode.cuh)."""
+    intermediate = config.intermediate
     region = next(r for r in workspace.fused.regions if r.name == "h")
     k_blocks, image_bytes = intermediate // 128, block_tokens * (128 + 4)
     local = workspace.fused.local[rank]
@@ -56,6 +59,9 @@ def read_h(workspace: Workspace, rank: int, intermediate: int, block_tokens: int
     row = torch.arange(block_tokens, device=local.device)[:, None]
     chunk = torch.arange(8, device=local.device)[None, :] ^ (row % 8)
     values = chunks[:, :, row, chunk].permute(0, 2, 1, 3, 4).reshape(blocks * block_tokens, intermediate)
+    if config.weight_format == "mxfp4":
+        column = torch.arange(intermediate, device=local.device)
+        values = values[:, column // 128 * 128 + column // 4 % 8 * 16 + column % 128 // 32 * 4 + column % 4]
     sf = images[..., block_tokens * 128 :].contiguous().view(torch.float32)
     sf = sf.permute(0, 2, 1).reshape(blocks * block_tokens, k_blocks)
     return Quantized(values[places].view(torch.float8_e4m3fn), sf[places])
@@ -79,10 +85,10 @@ def run(case: Case, num_rows: list[list[int]], block_tokens: int) -> Stages:
             layer._engine.params.ranks[rank].linear1_dump = dump.data_ptr()
             places.append((where, blocks))
             dumps.append(dump)
-        with _only_kernel(workspace, block_tokens):
+        with _only_kernel(workspace, config.weight_format, block_tokens):
             y = oracle.run_layer(layer, case)
         layer.check()
         linear1 = [dump[where] for dump, (where, _) in zip(dumps, places)]
-        h = [read_h(workspace, rank, config.intermediate, block_tokens, where, blocks)
+        h = [read_h(workspace, rank, config, block_tokens, where, blocks)
              for rank, (where, blocks) in enumerate(places)]  # fmt: skip
         return Stages(linear1, h, y)

@@ -1,9 +1,10 @@
-"""The fused layer is right for every legal input: 200 random cases, and the edge cases by name.
+"""The fused layer is right for every legal input: 200 random cases, and the edge cases by name, in both weight formats.
 
 Limits: oracle.compare. Exact stage by stage: test_stages.py.
 """
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -12,10 +13,18 @@ from megamoe import EPConfig, MoEConfig, MoELayer, Workspace
 from megamoe.testing.data import Case, make_case
 from tests.gpu import oracle
 
+DEFAULTS = {"hidden": 512, "intermediate": 1024, "num_experts": 8, "topk": 4}  # of edge(); with a weight_format each
+
+
+@pytest.fixture(autouse=True, params=("fp8", "mxfp4"))
+def weight_format(request, monkeypatch) -> str:
+    monkeypatch.setitem(DEFAULTS, "weight_format", request.param)
+    return request.param
+
 
 @pytest.mark.parametrize("seed", range(200))
-def test_random_case_matches_the_specification(seed):
-    plan = oracle.draw(seed)
+def test_random_case_matches_the_specification(seed, weight_format):
+    plan = oracle.draw(seed, weight_format=weight_format)
     result = oracle.judge(plan)
     assert result.ok, f"{result.text}\n{plan}"
 
@@ -44,7 +53,7 @@ def check(case: Case, capacity: int | None = None, bound: int | None = None, **o
 
 
 def edge(num_tokens, ep_size=2, routing="uniform", seed=7, prequantized=False, **sizes) -> Case:
-    config = MoEConfig(**({"hidden": 512, "intermediate": 1024, "num_experts": 8, "topk": 4} | sizes))
+    config = MoEConfig(**(DEFAULTS | sizes))
     return make_case(seed, config, ep_size, num_tokens, routing, "cuda", prequantized=prequantized)
 
 
@@ -129,7 +138,7 @@ def test_intermediate_of_any_multiple_of_128(intermediate, num_tokens):
 
 def test_swiglu_limit_that_bites():
     case = edge(40, swiglu_limit=0.25)
-    unclamped = case._replace(config=MoEConfig(512, 1024, 8, 4))
+    unclamped = case._replace(config=dataclasses.replace(case.config, swiglu_limit=None))
     assert not oracle.compare(case.config, oracle.spec(unclamped), oracle.spec(case)).ok
     check(case)
 

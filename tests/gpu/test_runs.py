@@ -1,15 +1,23 @@
-"""Calls in sequence: thousands in a row, CUDA graphs, other bounds, other layers, new weights, another stream."""
+"""Calls in sequence: thousands in a row, CUDA graphs, other bounds, other layers, new weights, another stream; in both
+weight formats."""
+
+import dataclasses
+import sys
 
 import pytest
 import torch
 
 from megamoe import EPConfig, MoEConfig, MoELayer, Workspace
-from megamoe.layout import BLOCK_TOKENS
-from megamoe.plan.tiles import choose_block_tokens
+from megamoe.plan.tiles import TILES, choose_block_tokens
 from megamoe.testing.data import make_case
 from tests.gpu import oracle
 
 CONFIG = MoEConfig(hidden=512, intermediate=512, num_experts=4, topk=2)
+
+
+@pytest.fixture(autouse=True, params=("fp8", "mxfp4"))
+def _weight_format(request, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "CONFIG", dataclasses.replace(CONFIG, weight_format=request.param))
 
 
 def deadlines(capacity: int, ep_size: int | None = None) -> EPConfig:
@@ -124,8 +132,9 @@ def test_loading_weights_again_under_a_captured_graph():
 
 
 def test_bounds_choose_other_tiles_in_one_workspace():
-    bounds = (9, 20, 44, 96, 200)
-    assert tuple(choose_block_tokens(CONFIG, 1, bound) for bound in bounds) == BLOCK_TOKENS
+    bounds = (9, 20, 44, 96, 140, 200)
+    tiles = dict.fromkeys(choose_block_tokens(CONFIG, 1, bound) for bound in bounds)
+    assert tuple(tiles) == TILES[CONFIG.weight_format]
     case = make_case(3, CONFIG, 1, 9, "uniform", "cuda")
     full = make_case(4, CONFIG, 1, 200, "uniform", "cuda")._replace(weights=case.weights)
     with Workspace(CONFIG, deadlines(200, 1), device="cuda") as workspace, MoELayer(CONFIG, workspace) as layer:

@@ -2,9 +2,10 @@
 
 Over the whole layer a flipped e4m3 value of h hides errors of its own size (oracle.row_limit). Not here: linear1 is
 compared in float64 on the same quantized operands, h with the kernel's own linear1, the output with the kernel's own
-h. All five tile sizes, partial and empty blocks included.
+h. Every tile size of both weight formats, partial and empty blocks included.
 """
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from megamoe import MoEConfig, steps
 from megamoe.exchange import LocalExchange
-from megamoe.layout import BLOCK_TOKENS
+from megamoe.plan.tiles import TILES
 from megamoe.testing.compare import rel_l2, row_rel_l2
 from megamoe.testing.data import make_case
 from tests.gpu import stages
@@ -26,9 +27,10 @@ CASES = {
 
 
 @cache
-def expected(name: str):
+def expected(name: str, weight_format: str):
     """The case, and the specification's stages in float64: steps.moe_layer's trace, one a rank."""
     config, num_tokens, routing, prequantized = CASES[name]
+    config = replace(config, weight_format=weight_format)
     case = make_case(3, config, len(num_tokens), num_tokens, routing, "cuda", prequantized=prequantized)
     trace = {}
     steps.moe_layer(config, LocalExchange(case.ep_size), case.weights, case.inputs, dtype=torch.float64, trace=trace)
@@ -36,13 +38,15 @@ def expected(name: str):
 
 
 @cache
-def kernel_stages(name: str, block_tokens: int) -> stages.Stages:
-    case, trace = expected(name)
+def kernel_stages(name: str, weight_format: str, block_tokens: int) -> stages.Stages:
+    case, trace = expected(name, weight_format)
     return stages.run(case, [t["rows"].num_rows for t in trace], block_tokens)
 
 
 every_case = pytest.mark.parametrize("name", CASES)
-every_block = pytest.mark.parametrize("block_tokens", BLOCK_TOKENS)
+every_block = pytest.mark.parametrize(
+    "weight_format, block_tokens", [(weight_format, block) for weight_format in TILES for block in TILES[weight_format]]
+)
 
 
 def worst_row(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -51,10 +55,10 @@ def worst_row(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @every_block
 @every_case
-def test_linear1_rows_in_float64(name, block_tokens):
+def test_linear1_rows_in_float64(name, weight_format, block_tokens):
     """Same quantized operands: relative L2 below 1e-3 in every row."""
-    case, trace = expected(name)
-    for got, wanted in zip(kernel_stages(name, block_tokens).linear1, trace, strict=True):
+    case, trace = expected(name, weight_format)
+    for got, wanted in zip(kernel_stages(name, weight_format, block_tokens).linear1, trace, strict=True):
         assert got.shape == wanted["linear1"].shape
         assert bool(got.isfinite().all()), "a row was not written"
         error = rel_l2(got, wanted["linear1"]), worst_row(got, wanted["linear1"])
@@ -71,10 +75,10 @@ def e4m3_steps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @every_block
 @every_case
-def test_h_is_the_swiglu_of_the_kernels_own_linear1(name, block_tokens):
+def test_h_is_the_swiglu_of_the_kernels_own_linear1(name, weight_format, block_tokens):
     """Scale factors to fp32 rounding; values equal but for a few on a rounding boundary, and those by one step."""
-    case, trace = expected(name)
-    got = kernel_stages(name, block_tokens)
+    case, trace = expected(name, weight_format)
+    got = kernel_stages(name, weight_format, block_tokens)
     for linear1, h, wanted in zip(got.linear1, got.h, trace, strict=True):
         spec = steps.swiglu(case.config, linear1, wanted["rows"].topk_weight)
         torch.testing.assert_close(h.sf, spec.sf, rtol=1e-5, atol=0)
@@ -85,10 +89,10 @@ def test_h_is_the_swiglu_of_the_kernels_own_linear1(name, block_tokens):
 
 @every_block
 @every_case
-def test_the_output_is_linear2_and_combine_of_the_kernels_own_h(name, block_tokens):
+def test_the_output_is_linear2_and_combine_of_the_kernels_own_h(name, weight_format, block_tokens):
     """Within 5e-3 in every row: what is left is bf16 rounding, 2^-9 at most for each of two roundings."""
-    case, trace = expected(name)
-    got = kernel_stages(name, block_tokens)
+    case, trace = expected(name, weight_format)
+    got = kernel_stages(name, weight_format, block_tokens)
     rows = [t["rows"] for t in trace]
     y = [steps.linear2(case.config, w, h, r.num_rows, dtype=torch.float64)
          for w, h, r in zip(case.weights, got.h, rows, strict=True)]  # fmt: skip
@@ -100,8 +104,8 @@ def test_the_output_is_linear2_and_combine_of_the_kernels_own_h(name, block_toke
 
 def test_the_comparison_sees_a_wrong_block():
     """One k block of one row's h replaced by its neighbour's is far outside the limit."""
-    case, trace = expected("uniform")
-    got, rows = kernel_stages("uniform", 32), [t["rows"] for t in trace]
+    case, trace = expected("uniform", "fp8")
+    got, rows = kernel_stages("uniform", "fp8", 32), [t["rows"] for t in trace]
     h = [steps.Quantized(v.values.view(torch.uint8).clone().view(torch.float8_e4m3fn), v.sf.clone()) for v in got.h]
     h[0].values.view(torch.uint8)[0, :128] = h[0].values.view(torch.uint8)[0, 128:256]
     y = [steps.linear2(case.config, w, q, r.num_rows, dtype=torch.float64)

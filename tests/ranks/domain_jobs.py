@@ -94,8 +94,9 @@ def with_redundancy(info):
         made = make_case(rank, config, 1, len(idx)).inputs[0]
         inputs.append(made._replace(topk_idx=torch.from_numpy(idx), topk_weights=routed.topk_weights))
     placed = torch.from_numpy(plan.physical_to_logical[0].astype(np.int64)).view(info.ep_size, -1)
+    tensors = logical[:4]  # no biases
     weights = [
-        ExpertWeights(*(t.view(torch.uint8)[own].view(t.dtype) if t.element_size() == 1 else t[own] for t in logical[:4]))
+        ExpertWeights(*(t.view(torch.uint8)[own].view(t.dtype) if t.element_size() == 1 else t[own] for t in tensors))
         for own in placed
     ]
     case = Case(config, info.ep_size, tuple(range(info.ep_size)), weights, inputs)

@@ -61,7 +61,7 @@ class FaultyLayer:
         names = ("linear1", "linear2", "linear1_sf", "linear2_sf")
         self.layer.load_weights(*([getattr(rank, name) for rank in w] for name in names))
         fused = self.workspace.fused
-        self.kernels = fused.kernels = {block: fused.load_kernel(block, FAULTS=1) for block in fused.kernels}
+        self.kernels = fused.kernels = {key: fused.load_kernel(*key, FAULTS=1) for key in fused.kernels}
         self.outs = [torch.empty(i.x.shape, dtype=torch.bfloat16, device="cuda") for i in self.case.inputs]
         self.expected = moe_layer(CONFIG, _local(), w, self.case.inputs)
 

@@ -1,0 +1,182 @@
+"""What the kernel does with an MXFP4 image, in its own arithmetic: csrc/gemm/mxfp4_decode.cuh by the host's compiler.
+
+Every code and scale byte is decoded; then a whole tile is: image bytes to registers as a lane reads them, registers to
+the A operand by the PTX fragment layout, times tokens in the permuted order, against the dequantized product.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megamoe.layout import MXFP4_IMAGE_PITCH_BYTES, MXFP4_IMAGE_SF_OFFSET, MXFP4_SCALES_OFFSET
+from megamoe.quant.mxfp4 import dequantize, fit, quantize
+from megamoe.quant.mxfp4_images import image_shape, pack_expert, unpack_expert
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+SOURCE = """
+#include "gemm/mxfp4_decode.cuh"
+using namespace moe;
+extern "C" {
+void table(u64* rows) { for (u32 i = 0; i < kDecodeRows; ++i) rows[i] = decode_row(i); }
+u32 permuted(u32 column) { return permute_k(column); }
+void decode(const u32* words, const u64* rows, u32 count, u32* out) {
+    for (u32 i = 0; i < count; ++i)
+        decode_word(words[i], static_cast<u32>(rows[i]), static_cast<u32>(rows[i] >> 32), out[2 * i], out[2 * i + 1]);
+}
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("not run: no g++")
+    source = tmp_path_factory.mktemp("mxfp4") / "decode.cpp"
+    source.write_text(SOURCE)
+    flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    subprocess.run([compiler, *flags, f"-I{CSRC}", str(source), "-o", str(source.with_suffix(".so"))], check=True)
+    return ctypes.CDLL(str(source.with_suffix(".so")))
+
+
+def table(library) -> np.ndarray:
+    rows = np.zeros(15, np.uint64)
+    library.table(rows.ctypes.data_as(ctypes.c_void_p))
+    return rows
+
+
+def decode(library, words: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Words and table rows, one each -> e4m3 bytes [count, 8]: a first register, then a second."""
+    words, rows = np.ascontiguousarray(words, np.uint32), np.ascontiguousarray(rows, np.uint64)
+    out = np.zeros((len(words), 2), np.uint32)
+    library.decode(*(a.ctypes.data_as(ctypes.c_void_p) for a in (words, rows)), len(words),
+                   out.ctypes.data_as(ctypes.c_void_p))  # fmt: skip
+    return out.view(np.uint8)
+
+
+def as_float(e4m3: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(np.ascontiguousarray(e4m3)).view(torch.float8_e4m3fn).double().numpy()
+
+
+def test_the_table_holds_every_magnitude_in_every_binade(library):
+    rows = table(library)
+    values = as_float(rows.view(np.uint8).reshape(15, 8))
+    assert np.array_equal(values, np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6]) * np.ldexp(1.0, np.arange(15) - 8)[:, None])
+
+
+def test_every_code_at_every_place_of_a_word_in_every_binade(library):
+    """Through the packing: code c at place e of a word, all 16 x 8 x 15."""
+    codes = torch.zeros(15 * 16 * 8, 8, dtype=torch.uint8)
+    step, code, place = (t.flatten() for t in torch.meshgrid(*(torch.arange(n) for n in (15, 16, 8)), indexing="ij"))
+    codes[torch.arange(len(codes)), place] = code.to(torch.uint8)
+    from megamoe.quant.mxfp4_images import _collect_signs, _place_signs
+
+    packed = (codes[:, 0::2] | codes[:, 1::2] << 4).contiguous().view(torch.int32)
+    words = _place_signs(packed)
+    assert torch.equal(_collect_signs(words), packed)
+    got = as_float(decode(library, words.flatten().numpy().view(np.uint32), table(library)[step]))
+    magnitude = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6]).double()[code % 8] * torch.exp2(step.double() - 8)
+    expected = torch.zeros(len(codes), 8, dtype=torch.float64)
+    expected[torch.arange(len(codes)), place] = torch.where(code < 8, magnitude, -magnitude)
+    assert np.array_equal(got, expected.numpy())
+
+
+def test_the_order_of_k_is_a_permutation_that_gives_a_lane_one_group(library):
+    order = np.array([library.permuted(c) for c in range(128)])
+    assert sorted(order) == list(range(128))
+    lane = order // 4 % 4  # of a wgmma fragment: 4-byte word w belongs to lane w % 4 of a quad
+    assert np.array_equal(lane, np.arange(128) // 32)
+
+
+def fragments(library, image: np.ndarray) -> np.ndarray:
+    """The image's weights as the tensor cores see them: float64 [256, 128], K in the permuted order, without the base.
+
+    As csrc/gemm/mxfp4.cuh: thread = 32 * warp + lane reads its scale bytes and 4 x 16 bytes; register a[slice][i] of
+    slab p is of its warpgroup's row 64 p + 16 (warp % 4) + lane / 4 + 8 (i % 2) the four bytes from
+    32 slice + 16 (i / 2) + 4 (lane % 4) on.
+    """
+    out = np.full((256, 128), np.nan)
+    thread, part, half, i = (a.flatten() for a in np.meshgrid(*map(np.arange, (256, 2, 2, 4)), indexing="ij"))
+    warp, lane = thread // 32, thread % 32
+    scales = image[MXFP4_SCALES_OFFSET + 4 * thread + 2 * part + i % 2]
+    words = image[:MXFP4_SCALES_OFFSET].view(np.uint32)[4 * (warp * 128 + lane + part * 64 + half * 32) + i]
+    values = as_float(decode(library, words, table(library)[scales // 8]))
+    m = warp // 4 * 128 + part * 64 + warp % 4 * 16 + lane // 4 + 8 * (i % 2)
+    k = 32 * (2 * half + i // 2) + 4 * (lane % 4)
+    for byte in range(4):
+        out[m, k + byte], out[m, k + 16 + byte] = values[:, byte], values[:, 4 + byte]
+    return out
+
+
+@pytest.mark.parametrize("linear, hidden, intermediate", [(1, 256, 128), (2, 384, 256)])
+def test_a_tile_multiplied_as_the_kernel_does_is_the_dequantized_product(library, linear, hidden, intermediate):
+    n, k = (2 * intermediate, hidden) if linear == 1 else (hidden, intermediate)
+    torch.manual_seed(linear)
+    spread = torch.exp2(torch.randint(-10, 1, (n, k // 32)).float()).repeat_interleave(32, 1)
+    weights = fit(*quantize(torch.randn(n, k) * spread))
+    assert weights.rerounded == 0
+    images = torch.zeros(image_shape(linear, 1, hidden, intermediate)[1:], dtype=torch.uint8)
+    pack_expert(linear, weights.codes, weights.sf, images)
+    dense = dequantize(weights.codes, weights.sf, torch.float64)
+    tokens = torch.randn(k, 5, dtype=torch.float64).numpy()
+    order = np.array([library.permuted(c) for c in range(128)])
+    for n_block in range(images.shape[0]):
+        total = np.zeros((256, 5))
+        for k_block in range(images.shape[1]):
+            image = images[n_block, k_block].numpy()
+            permuted = np.empty((128, 5))
+            permuted[order] = tokens[128 * k_block : 128 * (k_block + 1)]
+            total += fragments(library, image) @ permuted
+        low, high = images[n_block, 0, MXFP4_IMAGE_SF_OFFSET:][:8].clone().view(torch.float32).tolist()
+        row = np.arange(256)
+        if linear == 1:
+            base = np.where(row // 8 % 2, high, low)
+            source = row // 8 % 2 * intermediate + 128 * n_block + row // 16 * 8 + row % 8
+        else:
+            base, source = np.where(row < 128, low, high), 256 * n_block + row
+        here = source < n
+        expected = dense.numpy()[source[here]] @ tokens
+        np.testing.assert_allclose((total * base[:, None])[here], expected, rtol=1e-12, atol=1e-12)
+        assert not total[~here].any()
+
+
+SHAPES = [(256, 128), (384, 256), (128, 384), (896, 640)]
+
+
+@pytest.mark.parametrize("linear", [1, 2])
+@pytest.mark.parametrize("hidden, intermediate", SHAPES)
+def test_unpack_is_the_exact_inverse(linear, hidden, intermediate):
+    n, k = (2 * intermediate, hidden) if linear == 1 else (hidden, intermediate)
+    codes = torch.randint(256, (n, k // 2), dtype=torch.uint8)
+    sf = torch.randint(113, 128, (n, k // 32), dtype=torch.uint8)
+    sf[::128, 0], codes[::128, 0] = 127, 0x37  # the top of every 128 rows
+    images = torch.full(image_shape(linear, 1, hidden, intermediate)[1:], 0xEE, dtype=torch.uint8)
+    pack_expert(linear, codes, sf, images)
+    back, sf_back = unpack_expert(linear, images, n)
+    assert torch.equal(back, codes) and torch.equal(sf_back, sf)
+    pack_expert(linear, codes.flip(0), sf.flip(0), images)  # nothing of the first is left
+    back, sf_back = unpack_expert(linear, images, n)
+    assert torch.equal(back, codes.flip(0)) and torch.equal(sf_back, sf.flip(0))
+
+
+def test_an_all_zero_group_comes_back_with_its_values():
+    codes, sf = quantize(torch.randn(256, 256) / 16)
+    codes[:, :16], sf[:, 0] = 0, 3
+    images = torch.zeros(image_shape(2, 1, 256, 256)[1:], dtype=torch.uint8)
+    pack_expert(2, codes, sf, images)
+    back, sf_back = unpack_expert(2, images, 256)
+    assert torch.equal(back, codes) and torch.equal(sf_back[:, 1:], sf[:, 1:])
+    assert torch.equal(dequantize(back, sf_back), dequantize(codes, sf))
+
+
+def test_an_image_is_0533_of_an_fp8_image_and_starts_where_a_bulk_copy_may():
+    assert image_shape(1, 3, 384, 256) == (3, 2, 3, MXFP4_IMAGE_PITCH_BYTES) and MXFP4_IMAGE_PITCH_BYTES % 128 == 0
+    source = (CSRC / "params.gen.cuh").read_text()
+    fp8 = int(re.search(r"kFp8ImagePitchBytes = (\d+)", source)[1])
+    assert abs(MXFP4_IMAGE_PITCH_BYTES / fp8 - 0.533) < 1e-3
