@@ -138,7 +138,7 @@ def test_peers_are_written_by_the_known_functions_and_read_by_none():
 @pytest.mark.parametrize("function", [name for name, order in WRITERS.items() if order])
 def test_a_system_fence_stands_between_the_rows_and_their_flag(function):
     text = functions()[function]
-    stores = [m.end() for name in (*DATA, "push_row") for m in re.finditer(rf"\b(?:l\.)?{name}\(", text)]
+    stores = [m.end() for name in (*DATA, "push_row") for m in re.finditer(rf"\b(?:l\.)?{name}(?:<\w+>)?\(", text)]
     at = max(stores)
     for word in WRITERS[function]:
         found = text.find(word, at)
