@@ -99,9 +99,20 @@ def spec(case: Case) -> list[torch.Tensor]:
     return steps.moe_layer(case.config, LocalExchange(case.ep_size), case.weights, case.inputs)
 
 
+FEW_TOKENS = 16
+
+
 def compare(config: MoEConfig, actual: list[torch.Tensor], expected: list[torch.Tensor]) -> Verdict:
-    """Whole tensor < 1e-2, every row below row_limit, zero rows exactly zero, NaN exactly where expected."""
-    return verdict_ranks(actual, expected, max_row_rel_l2=row_limit(config.intermediate))
+    """Whole tensor < 1e-2, every row below row_limit, zero rows exactly zero, NaN exactly where expected.
+
+    An output of a few tokens is a few rows: with MXFP4 weights, below FEW_TOKENS tokens, the whole may be 2e-2 off.
+    (Case 108, four tokens whose 16 slots name two experts, so that a flipped h of one row is flipped in eight: with
+    linear1 disturbed by 2e-4 of its size, 30 times, the specification itself moves by 7.8e-3 in the middle and 1.1e-2
+    at most.)
+    """
+    few = config.weight_format == "mxfp4" and sum(len(y) for y in expected) < FEW_TOKENS
+    limits = {"max_rel_l2": 2e-2} if few else {}
+    return verdict_ranks(actual, expected, max_row_rel_l2=row_limit(config.intermediate), **limits)
 
 
 def bits(outs: list[torch.Tensor]) -> torch.Tensor:
