@@ -138,7 +138,7 @@ class TwoLevelEngine:
                 backs[i][domain].append(block.clone())  # the next piece but one takes the buffer
 
         if count:
-            self._run(count, fill, keep, form, math.ceil(bound / count))
+            self._run(count, fill, keep, form, min(limit, math.ceil(bound / count)))
         results = []
         for one, by_domain, parts in zip(rows, tokens, backs, strict=True):
             y = self._nothing(one, form)
