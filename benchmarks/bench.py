@@ -24,6 +24,7 @@ import json
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -67,6 +68,12 @@ def parser() -> argparse.ArgumentParser:
         default="prequantized",
         choices=("prequantized", "bf16", "both"),
         help="what the timed call is given: e4m3 with scale factors, or bf16 to be quantized (default: prequantized)",
+    )
+    add(
+        "--weight-format",
+        default="fp8",
+        choices=("fp8", "mxfp4"),
+        help="of the layer's experts; the baselines have no MXFP4 (default: fp8)",
     )
     add("--baseline", help=f"some of {','.join(BASELINES)}, or none (default: torch on CPU, torch,torch-bf16 on a GPU)")
     add("--virtual-ranks", type=int, metavar="R", help="this one process plays R ranks")
@@ -149,14 +156,16 @@ def make_plan(args, setup: Setup) -> Plan:
     if args.check_rows < 1:
         raise ValueError(f"--check-rows {args.check_rows} must be at least 1")
     pick_protocol(args.protocol, max(tokens), on_gpu)
+    baselines = args.baseline or ("none" if args.weight_format != "fp8" else "torch,torch-bf16" if on_gpu else "torch")
+    if args.weight_format != "fp8" and baselines != "none":
+        raise ValueError(f"--baseline {baselines} has no {args.weight_format}; give --baseline none")
+    cases = case_list.parse_cases(args.case or ("flash64" if on_gpu else "tiny"), case_list.load_cases())
     return Plan(
-        cases=case_list.parse_cases(args.case or ("flash64" if on_gpu else "tiny"), case_list.load_cases()),
+        cases=[replace(case, weight_format=args.weight_format) for case in cases],
         tokens=tokens,
         routings=case_list.parse_choices("--routing", args.routing, ROUTINGS),
         inputs=["prequantized", "bf16"] if args.input == "both" else [args.input],
-        baselines=case_list.parse_choices(
-            "--baseline", args.baseline or ("torch,torch-bf16" if on_gpu else "torch"), (*BASELINES, "none")
-        ),
+        baselines=case_list.parse_choices("--baseline", baselines, (*BASELINES, "none")),
         protocol=args.protocol,
         capacity=args.capacity,
         idle_ranks=args.idle_ranks,

@@ -10,7 +10,7 @@ CASES_FILE = Path(__file__).with_name("cases.toml")
 @dataclass(frozen=True)
 class Case:
     """One model shape. intermediate is per half; bar_us, goal_us and older_us map tokens per rank to us (see
-    cases.toml)."""
+    cases.toml). weight_format: "fp8" or "mxfp4", chosen on the command line; goal_mxfp4_us is then the goal."""
 
     name: str
     hidden: int
@@ -19,8 +19,10 @@ class Case:
     topk: int
     swiglu_limit: float | None = None
     note: str = ""
+    weight_format: str = "fp8"
     bar_us: dict[int, float] = field(default_factory=dict, hash=False)
     goal_us: dict[int, float] = field(default_factory=dict, hash=False)
+    goal_mxfp4_us: dict[int, float] = field(default_factory=dict, hash=False)
     older_us: dict[int, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
@@ -41,7 +43,7 @@ def load_cases(path: Path = CASES_FILE) -> dict[str, Case]:
     for name, table in tomllib.loads(Path(path).read_text()).items():
         by_tokens = {
             key: {int(tokens): float(us) for tokens, us in table.pop(key, {}).items()}
-            for key in ("bar_us", "goal_us", "older_us")
+            for key in ("bar_us", "goal_us", "goal_mxfp4_us", "older_us")
         }
         try:
             cases[name] = Case(name=name, **table, **by_tokens)

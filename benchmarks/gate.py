@@ -55,7 +55,7 @@ def spec_rows(
             case.intermediate,
             len(experts),
             case.topk,
-            weight_format="fp8" if quantized else "bf16",
+            weight_format=case.weight_format if quantized else "bf16",
             swiglu_limit=case.swiglu_limit,
         )
         rank_input = rows_of(tokens, group, remap, "prequantized" if quantized else "bf16")

@@ -2,7 +2,7 @@
 
 An implementation has
     name           as in results: impl
-    weight_format  'fp8' or 'bf16'
+    weight_format  'fp8', 'mxfp4' or 'bf16'
     quantized      judged against the FP8 specification (True) or the one without quantizers (False)
     ours           a failed gate makes the run fail
     inputs         which of 'prequantized', 'bf16' it takes
@@ -53,9 +53,10 @@ class Setup:
 class MegaMoE:
     """This project's layer: the fused kernel on a GPU, the torch steps on CPU."""
 
-    weight_format, quantized, ours, inputs = "fp8", True, True, ("prequantized", "bf16")
+    quantized, ours, inputs = True, True, ("prequantized", "bf16")
 
     def __init__(self, setup: Setup, case, config: MoEConfig, workspace: Workspace):
+        self.weight_format = config.weight_format
         self.name = "megamoe" if workspace.is_cuda else "megamoe-cpu"
         self._virtual = setup.virtual_ranks is not None
         self._layer = MoELayer(config, workspace)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megamoe.layout import MXFP4_GROUP
+from megamoe.quant import mxfp4
 from megamoe.quant.fp8 import BLOCK, E4M3, E4M3_MAX, dequantize_blocks, quantize_rows
 from megamoe.route.groups import kept_experts, members_of_groups
 from megamoe.steps import ExpertWeights, RankInput
@@ -67,10 +69,12 @@ def fill_expert(
 
 
 def make_weights(case, experts, seed: int, device) -> ExpertWeights:
-    """The given experts (an iterable of ids over all ranks) as one fp8 ExpertWeights in that order, streamed expert by
-    expert."""
+    """The given experts (an iterable of ids over all ranks) as one ExpertWeights in that order, streamed expert by
+    expert. In MXFP4: the values of the FP8 ones, quantized."""
     experts = list(experts)
     num, inter, hidden = len(experts), case.intermediate, case.hidden
+    if case.weight_format == "mxfp4":
+        return _mxfp4_weights(case, experts, seed, device)
     weights = ExpertWeights(
         torch.empty(num, 2 * inter, hidden, dtype=E4M3, device=device),
         torch.empty(num, 2 * inter // BLOCK, hidden // BLOCK, device=device),
@@ -80,6 +84,28 @@ def make_weights(case, experts, seed: int, device) -> ExpertWeights:
     for slot, expert in enumerate(experts):
         fill_expert(case, expert, seed, *(tensor[slot] for tensor in weights[:4]))
     return weights
+
+
+def _mxfp4_weights(case, experts: list[int], seed: int, device) -> ExpertWeights:
+    shapes = (2 * case.intermediate, case.hidden), (case.hidden, case.intermediate)
+    parts = [
+        torch.empty(len(experts), rows, columns // divisor, dtype=torch.uint8, device=device)
+        for rows, columns in shapes
+        for divisor in (2, MXFP4_GROUP)
+    ]
+    one = [
+        tensor
+        for rows, columns in shapes
+        for tensor in (
+            torch.empty(rows, columns, dtype=E4M3, device=device),
+            torch.empty(rows // BLOCK, columns // BLOCK, device=device),
+        )
+    ]
+    for slot, expert in enumerate(experts):
+        fill_expert(case, expert, seed, *one)
+        for i in (0, 2):
+            parts[i][slot], parts[i + 1][slot] = mxfp4.quantize(dequantize_blocks(one[i], one[i + 1]))
+    return ExpertWeights(*parts)
 
 
 def to_bf16(weights: ExpertWeights) -> ExpertWeights:

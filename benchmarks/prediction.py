@@ -59,7 +59,8 @@ class Predicted:
 def cost_model(case, rows_per_step: float) -> CostModel:
     """The expert GEMMs of a rank at the roofline's rates."""
     rates, weights = RATES[GPU], 3 * case.hidden * case.intermediate
-    return CostModel(2 * weights / rates.fp8_flops * 1e6, weights * WEIGHT_BYTES / rates.hbm_bytes * 1e6, rows_per_step)
+    flops_us, bytes_us = 2 * weights / rates.fp8_flops * 1e6, weights * WEIGHT_BYTES["fp8"] / rates.hbm_bytes * 1e6
+    return CostModel(flops_us, bytes_us, rows_per_step)
 
 
 def predict(

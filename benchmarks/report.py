@@ -35,8 +35,8 @@ EMPTY = (
 def cells_of(rows: list[dict]) -> dict[tuple, list[dict]]:
     """(table, line, tokens) -> the rows behind one number: those of the newest commit that measured it.
 
-    table: (device, num_gpus, ep_size, virtual_ranks, case, routing, idle ranks, capacity); line: (impl, manner: its
-    input, the protocol where it is not the one that auto picks, SMs where not all).
+    table: (device, num_gpus, ep_size, virtual_ranks, case, routing, idle ranks, capacity, format: "mxfp4" or "" for all
+    others); line: (impl, manner: its input, the protocol where it is not the one that auto picks, SMs where not all).
     """
     sizes: dict[tuple, set[bool]] = {}
     for row in rows:
@@ -56,6 +56,7 @@ def cells_of(rows: list[dict]) -> dict[tuple, list[dict]]:
             row["routing"],
             idle,
             0 if own else row["capacity"],
+            "mxfp4" if row["weight_format"] == "mxfp4" else "",
         )
         cells.setdefault((table, (row["impl"], _manner(row)), row["num_tokens"]), []).append(row)
     for key, found in cells.items():
@@ -86,6 +87,7 @@ def render(rows: list[dict], cases: dict) -> str:
             t[3],
             t[6],
             t[7],
+            t[8],
             t[5] != "uniform",
             t[5],
             case_order.get(t[4], len(case_order)),
@@ -107,12 +109,12 @@ def render(rows: list[dict], cases: dict) -> str:
 
 
 def _table(table: tuple, cells: dict[tuple, list[dict]], case) -> str:
-    device, num_gpus, ep_size, virtual_ranks, name, routing, idle, capacity = table
+    device, num_gpus, ep_size, virtual_ranks, name, routing, idle, capacity, weight_format = table
     tokens = sorted({count for _, count in cells})
     lines = sorted({line for line, _ in cells}, key=lambda line: (not line[0].startswith("megamoe"), line))
     shown = next(iter(cells.values()))[0]
     shape = "/".join(str(shown[key]) for key in ("hidden", "intermediate", "num_experts", "topk"))
-    head = f"**{name}** ({shape}), {routing} routing"
+    head = f"**{name}** ({shape}), " + "MXFP4 experts, " * bool(weight_format) + f"{routing} routing"
     head += f", {idle} rank{'s' * (idle > 1)} idle" * bool(idle)
     head += f", workspace capacity {capacity}" if capacity else ", workspace capacity as the tokens"
     out = [
@@ -144,10 +146,12 @@ def _table(table: tuple, cells: dict[tuple, list[dict]], case) -> str:
         and not idle
     )
     if comparable and case.bar_us:
-        add("sgl-deep-gemm 0.2.5, recorded", lambda count: _plain(case.bar_us.get(count)))
+        rival = "sgl-deep-gemm 0.2.5" + ", FP8" * bool(weight_format)
+        add(f"{rival}, recorded", lambda count: _plain(case.bar_us.get(count)))
         if any(line[0].startswith("sgl-deep-gemm 0.1.5") for line in lines):
             add("sgl-deep-gemm 0.1.5, recorded", lambda count: _plain(case.older_us.get(count)))
-        add("goal", lambda count: _plain(case.goal_us.get(count)))
+        goal = case.goal_mxfp4_us if weight_format else case.goal_us
+        add("goal", lambda count: _plain(goal.get(count)))
     if num_gpus:
         add("floor", of_main(lambda row, us: _plain(row["roofline_us"])))
         add(

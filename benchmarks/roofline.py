@@ -15,8 +15,8 @@ from math import comb
 import torch
 
 BLOCK = 128
-# e4m3 with one fp32 scale per 128x128 block
-WEIGHT_BYTES = 1 + 4 / (BLOCK * BLOCK)
+# e4m3 with one fp32 scale per 128x128 block; e2m1 with one byte of scale per 32
+WEIGHT_BYTES = {"fp8": 1 + 4 / (BLOCK * BLOCK), "mxfp4": 1 / 2 + 1 / 32}
 # e4m3 with one fp32 scale per 128 of a row
 ACTIVATION_BYTES = 1 + 4 / BLOCK
 # activations below this are taken to stay in the 50 MB L2 beside the streaming weights
@@ -74,7 +74,7 @@ def count_work(case, topk_idx: list[torch.Tensor], num_gpus: int) -> Work:
                 crossing = int(here.any(dim=-1).sum()) if idx.shape[0] else 0
                 egress[gpu] += crossing * case.hidden * ACTIVATION_BYTES
                 egress[other] += crossing * case.hidden * 2
-    expert_bytes = 3 * case.hidden * case.intermediate * WEIGHT_BYTES
+    expert_bytes = 3 * case.hidden * case.intermediate * WEIGHT_BYTES[case.weight_format]
     pair_flops = 6 * case.hidden * case.intermediate
     # a pair's FP8 row and its requantized row are written and read once each, so is the bf16 row that returns;
     # a token's own input is read and its output written once

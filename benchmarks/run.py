@@ -89,7 +89,9 @@ class Cell:
 
 
 def config_of(case: Case) -> MoEConfig:
-    return MoEConfig(case.hidden, case.intermediate, case.num_experts, case.topk, swiglu_limit=case.swiglu_limit)
+    return MoEConfig(
+        case.hidden, case.intermediate, case.num_experts, case.topk, case.weight_format, swiglu_limit=case.swiglu_limit
+    )
 
 
 def run_cases(setup: Setup, plan: Plan, facts: dict, table, outcome: Outcome) -> None:
