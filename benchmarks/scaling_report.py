@@ -73,10 +73,14 @@ def title(row: dict) -> str:
 
 
 def markdown(rows: list[dict]) -> str:
-    """One table a series."""
+    """One table a series; series of a single size together, beside each other."""
     out = []
-    for points in series_of(rows).values():
+    series = series_of(rows)
+    singles = [points[0] for points in series.values() if len(points) == 1]
+    for points in series.values():
         last = points[-1]
+        if len(points) == 1:
+            continue
         out.append(f"**{title(last)}**, {last['impl']} on {last['device']}\n")
         out.append(
             "| ranks | units | tokens a rank | experts a rank | us | ktokens/s a unit | efficiency | expected "
@@ -91,13 +95,48 @@ def markdown(rows: list[dict]) -> str:
                 _percent(row["roofline_fraction"]), f"{row['copies_between']:.2f}", f"{row['rel_l2']:.1e}",
             )  # fmt: skip
             out.append("| " + " | ".join(map(str, cells)) + " |")
-        commits = sorted({row["commit"][:12] + " with local changes" * bool(row["dirty"]) for row in points})
-        dates = sorted({row["date"][:10] for row in points})
-        out.append(
-            f"\n<sub>{last['protocol']} protocol; medians of {min(row['runs'] for row in points)} run(s); commit "
-            f"{', '.join(commits)}; torch {last['torch']}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.</sub>\n"
-        )
-    return "\n".join(out) if out else EMPTY
+        out.append(_certificate(points))
+    return "\n".join([*out, *_single_sizes(singles)]) if series else EMPTY
+
+
+def _single_sizes(points: list[dict]) -> list[str]:
+    """A table for each case and size: a line for each way to divide the ranks into domains, a column a token count."""
+    out, families = [], {}
+    for row in points:
+        family = row["device"], row["impl"], row["case"], row["base_experts"], row["ep_size"], row["routing"]
+        families.setdefault(family, []).append(row)
+    for (device, impl, case, experts, ranks, routing), rows in families.items():
+        tokens = sorted({row["num_tokens"] for row in rows})
+        out.append(f"**{case}, {experts} experts, {ranks} ranks, {routing} routing**, {impl} on {device}\n")
+        counts = " | ".join(map(str, tokens))
+        out.append(f"| us per call, tokens a rank: | {counts} | copies to other domains | relative L2 |")
+        out.append("|--" * (len(tokens) + 3) + "|")
+        lines: dict[str, dict[int, dict]] = {}
+        for row in rows:
+            lines.setdefault(_division(row), {})[row["num_tokens"]] = row
+        for name, found in lines.items():
+            us = [f"{found[count]['us']:.4g}" if count in found else "-" for count in tokens]
+            copies, errors = ([row[key] for row in found.values()] for key in ("copies_between", "rel_l2"))
+            out.append(f"| {name} | " + " | ".join(us) + f" | {max(copies):.2f} | {max(errors):.1e} |")
+        out.append(_certificate(rows))
+    return out
+
+
+def _division(row: dict) -> str:
+    if row["ranks_per_domain"] == row["ep_size"]:
+        return "one domain"
+    rounds = f", rounds of {row['domain_tokens']} rows, eager" if row["domain_tokens"] else ", fixed buffers"
+    return f"{row['ep_size'] // row['ranks_per_domain']} domains{rounds}"
+
+
+def _certificate(rows: list[dict]) -> str:
+    commits = sorted({row["commit"][:12] + " with local changes" * bool(row["dirty"]) for row in rows})
+    dates = sorted({row["date"][:10] for row in rows})
+    protocols = {row["protocol"]: None for row in rows}
+    return (
+        f"\n<sub>{', '.join(protocols)} protocol; medians of {min(row['runs'] for row in rows)} run(s); commit "
+        f"{', '.join(commits)}; torch {rows[-1]['torch']}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.</sub>\n"
+    )
 
 
 def _percent(value: float | None) -> str:
