@@ -10,6 +10,10 @@ constexpr u32 kMaxVirtualRanks = 8;
 constexpr u32 kMaxTopk = 16;
 constexpr u32 kMaxLocalExperts = 256;
 constexpr u32 kHeadSliceTokens = 64;
+constexpr u32 kChoicePasses = 8;
+constexpr u32 kReplicaHeaderWords = 4;
+constexpr u32 kMaxLogicalExperts = 512;
+constexpr u32 kMaxCopies = 1024;
 constexpr u32 kNumThreads = 512;
 constexpr u32 kExchangeWarps = 4;
 constexpr u32 kCombineStep = 256;
@@ -73,6 +77,12 @@ enum Event : u32 {
     kEvent_stored,
     kEvent_combined,
     kEvent_end,
+};
+
+enum Choice : u32 {
+    kChoice_static,
+    kChoice_balanced,
+    kChoice_min_active,
 };
 
 struct RankParams {

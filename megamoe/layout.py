@@ -22,6 +22,12 @@ MAX_LOCAL_EXPERTS = 256  # shared-memory tables of the plan step
 MAX_TOKENS = 1 << 20  # twenty bits of a row's name
 HEAD_SLICE_TOKENS = 64  # tokens whose routing travels behind one flag
 
+CHOICES = ("static", "balanced", "min_active")  # which copy of an expert serves a row: plan/choice.py
+CHOICE_PASSES = 8  # rounds of water-filling at most: within 2 % of the optimum for 256 experts + 32 on 32 ranks
+REPLICA_HEADER_WORDS = 4  # of the map that sched/replica.cuh reads
+MAX_LOGICAL_EXPERTS = 512  # shared-memory tables of the plan step where copies are chosen by the batch's counts
+MAX_COPIES = 1024  # the same
+
 NUM_THREADS = 512  # of a CTA; csrc/roles.cuh says what each warp does
 EXCHANGE_WARPS = 4  # of them; with the CTA count, how many combine items run at once
 COMBINE_STEP = 256  # columns that a warp sums at once
@@ -300,6 +306,10 @@ def render_header() -> str:
         ("kMaxTopk", MAX_TOPK),
         ("kMaxLocalExperts", MAX_LOCAL_EXPERTS),
         ("kHeadSliceTokens", HEAD_SLICE_TOKENS),
+        ("kChoicePasses", CHOICE_PASSES),
+        ("kReplicaHeaderWords", REPLICA_HEADER_WORDS),
+        ("kMaxLogicalExperts", MAX_LOGICAL_EXPERTS),
+        ("kMaxCopies", MAX_COPIES),
         ("kNumThreads", NUM_THREADS),
         ("kExchangeWarps", EXCHANGE_WARPS),
         ("kCombineStep", COMBINE_STEP),
@@ -312,7 +322,8 @@ def render_header() -> str:
         ("kImagePitchBytes", IMAGE_PITCH_BYTES),
     )
     out.append("".join(f"constexpr u32 {name} = {value};\n" for name, value in constants))
-    enums = (("Role", ROLES), ("Step", STEPS), ("Code", CODES), ("Trace", TRACE_ROLES), ("Event", TRACE_EVENTS))
+    enums = (("Role", ROLES), ("Step", STEPS), ("Code", CODES), ("Trace", TRACE_ROLES), ("Event", TRACE_EVENTS),
+             ("Choice", CHOICES))  # fmt: skip
     out += [_render_enum(name, words) for name, words in enums]
     out += [_render_struct(s) for s in (RankParams, KernelParams, KernelStatus)]
     out.append("}  // namespace moe\n")

@@ -5,13 +5,13 @@ from functools import partial
 
 import numpy as np
 
+from .choice import rank_rows, replica_map
 from .greedy import greedy_physical_to_logical
 from .load import GENERATORS, balancedness, count_load, drift, popularity, sample_topk
 from .oracle import lp_rank_load, node_limited_bound
 from .planner import plan_experts, update_plan
 from .relabel import relabel
 from .report import CASES, even_rank_load, make_load
-from .split import balanced_split
 from .tokens import choose_replicas, nodes_per_token
 
 LAYERS_TIMED = 58  # of DeepSeek-V3 with experts
@@ -81,7 +81,8 @@ def next_batch(seeds):
         later = np.concatenate([make_load("lognormal", 4, 256, seed, drift_sigma=0.3) for seed in seeds])
         shared = dict(num_ranks=32, num_redundant_experts=redundant)
         plan, greedy = plan_experts(load, **shared), greedy_physical_to_logical(load, **shared)
-        ours = balancedness(balanced_split(plan.physical_to_logical, 32, later))
+        maps = [replica_map(one, 256, 32, load=rows) for one, rows in zip(plan.physical_to_logical, load, strict=True)]
+        ours = balancedness(np.stack([rank_rows(one, rows) for one, rows in zip(maps, later, strict=True)]))
         lp = np.array([later[i].sum() / 32 / lp_rank_load(plan.physical_to_logical[i], 32, later[i])
                        for i in range(len(later))])
         rival = balancedness(even_rank_load(greedy, 32, later))
