@@ -96,6 +96,10 @@ class EPConfig:
     arrive_deadline_s: seconds until every rank must have entered a call.
     step_deadline_s: seconds any later wait of that call may take.
     num_sms: SMs the kernel may use, all ranks of this process together; None = all. No meaning on CPU.
+    num_redundant_slots_per_rank: expert slots on each rank beyond num_experts / ep_size, for further copies of experts
+        (MoELayer.load_plan). Each takes the memory of an expert's weights.
+    num_staged_experts: experts whose weights a rank can receive between two calls of a rebalance; on CUDA each takes
+        symmetric memory for twice its weights. 0: plans cannot be loaded on CUDA.
     """
 
     num_max_tokens_per_rank: int
@@ -103,8 +107,12 @@ class EPConfig:
     arrive_deadline_s: float = 60.0
     step_deadline_s: float = 10.0
     num_sms: int | None = None
+    num_redundant_slots_per_rank: int = 0
+    num_staged_experts: int = 0
 
     def __post_init__(self):
+        _check_int("num_redundant_slots_per_rank", self.num_redundant_slots_per_rank, 0)
+        _check_int("num_staged_experts", self.num_staged_experts, 0)
         _check_int("num_max_tokens_per_rank", self.num_max_tokens_per_rank, 1)
         if self.virtual_ranks is not None:
             _check_int("virtual_ranks", self.virtual_ranks, 1)
@@ -112,3 +120,7 @@ class EPConfig:
         _check_positive("step_deadline_s", self.step_deadline_s)
         if self.num_sms is not None:
             _check_int("num_sms", self.num_sms, 1)
+
+    def num_slots(self, config: MoEConfig, ep_size: int) -> int:
+        """Expert slots on each rank for a layer of ``config``; ValueError where its experts do not divide."""
+        return config.num_local_experts(ep_size) + self.num_redundant_slots_per_rank

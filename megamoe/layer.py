@@ -1,6 +1,7 @@
 """MoELayer: what a model imports. All input is validated here; engines and steps trust it."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +9,17 @@ from torch import Tensor, nn
 from megamoe import layer_checks as checks
 from megamoe.config import MoEConfig
 from megamoe.errors import MegaMoEError
+from megamoe.rebalance import Rebalance
 from megamoe.steps import RankInput
 from megamoe.workspace import Workspace
+
+
+class Load(NamedTuple):
+    """Rows that this rank has served: logical int64 [num_experts] by expert (sum over ranks for the whole load),
+    physical int64 [slots] by slot of the rank."""
+
+    logical: Tensor
+    physical: Tensor
 
 
 class MoELayer(nn.Module):
@@ -85,6 +95,46 @@ class MoELayer(nn.Module):
             self._dtype = weights[0].linear1.dtype
         self._engine.load_weights(weights)
         self._loaded = True
+
+    def load_plan(self, plan, *, plan_layer: int = 0, choice: str = "balanced") -> None:
+        """Collective: move weights to where ``plan`` wants them, at once, and choose among copies by ``choice``.
+
+        For arguments and errors see rebalance. load_weights afterwards brings back the placement without a plan.
+        """
+        self.rebalance(plan, plan_layer=plan_layer, choice=choice).finish()
+
+    def rebalance(
+        self, plan, *, plan_layer: int = 0, choice: str = "balanced", max_bytes: int | None = None
+    ) -> Rebalance:
+        """Collective: move weights to where ``plan`` wants them, step by step between calls. -> Rebalance, which does
+        nothing until its step() is called.
+
+        plan: ExpertPlan of this layer's experts and ranks (plan_experts, update_plan); plan_layer: its layer to use.
+        choice: which copy serves a row: "static" (by source rank), "balanced" (by the batch's counts), "min_active"
+            (one copy an expert, for small batches). The output has the same bits under any of them and any plan.
+        max_bytes: weights that a rank may receive a step; None = as much as fits (EPConfig.num_staged_experts).
+        ValueError names what does not fit: another topology, too few slots or staging memory.
+        """
+        self.workspace.check_open()
+        if not self._loaded:
+            raise RuntimeError("the layer has no weights; call load_weights first")
+        ep_config, ep_size = self.workspace.ep_config, self.workspace.ep_size
+        row = checks.plan_placement(self.config, ep_config, ep_size, plan, plan_layer)
+        bytes_each = self._engine.expert_bytes
+        per_step = ep_config.num_staged_experts if self.workspace.is_cuda else self._engine.slots
+        if max_bytes is not None:
+            per_step = min(per_step, max_bytes // bytes_each)
+        if per_step < 1:
+            raise ValueError(
+                f"max_bytes={max_bytes}, num_staged_experts={ep_config.num_staged_experts}: no room for one expert of "
+                f"{bytes_each} bytes a step; raise both"
+            )
+        return Rebalance(self._engine, row, choice, per_step, plan.load[plan_layer], plan.num_nodes)
+
+    def stats(self) -> Load | list[Load]:
+        """Rows served so far, counted on the device; a copy, made on the current stream without waiting for it."""
+        loads = [Load(logical.clone(), physical.clone()) for logical, physical in self._engine.load_count]
+        return loads if self.workspace.ep_config.virtual_ranks is not None else loads[0]
 
     @torch.no_grad()
     def forward(

@@ -4,7 +4,7 @@ messages."""
 import torch
 from torch import Tensor
 
-from megamoe.config import BLOCK, MoEConfig
+from megamoe.config import BLOCK, EPConfig, MoEConfig
 from megamoe.quant.fp8 import E4M3, quantize_blocks
 from megamoe.steps import ExpertWeights, RankInput
 
@@ -168,3 +168,21 @@ def out(config: MoEConfig, device: torch.device, rank: str, value, x: Tensor, we
         raise ValueError(
             f"out{rank} is the memory of hidden_states{rank}; pass another tensor, peers may still read it"
         )
+
+
+def plan_placement(config: MoEConfig, ep_config: EPConfig, ep_size: int, plan, plan_layer: int):
+    """The plan's experts by rank, int [ep_size, slots of the plan]. ValueError when it is not for this layer."""
+    if not 0 <= plan_layer < plan.num_layers:
+        raise ValueError(f"plan_layer={plan_layer}: the plan has {plan.num_layers} layers")
+    if (plan.num_logical_experts, plan.num_ranks) != (config.num_experts, ep_size):
+        raise ValueError(
+            f"the plan is for {plan.num_logical_experts} experts on {plan.num_ranks} ranks, the layer has "
+            f"{config.num_experts} on {ep_size}; plan again for this topology"
+        )
+    slots, needed = ep_config.num_slots(config, ep_size), plan.num_local_experts
+    if needed > slots:
+        raise ValueError(
+            f"the plan needs {needed} slots on each rank, the layer has {slots}; set "
+            f"EPConfig.num_redundant_slots_per_rank={needed - config.num_local_experts(ep_size)} or more"
+        )
+    return plan.placed[plan_layer]

@@ -249,9 +249,21 @@ def _grouped_matmul(
                 a = x[begin:end].to(dtype) if x_sf is None else dequantize_rows(x[begin:end], x_sf[begin:end], dtype)
                 b = weight[expert].to(dtype)
                 b = b if weight_sf is None else dequantize_blocks(weight[expert], weight_sf[expert], dtype)
-                out[begin:end] = a @ b.t()
+                out[begin:end] = _matmul(a, b.t())
             begin = end
     return out
+
+
+# On a CPU the order in which a product sums K depends on the number of rows. In blocks of equal size a row's bits do
+# not depend on the company it keeps, nor on which copy of an expert serves it.
+MATMUL_ROWS = 16
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    if a.device.type != "cpu":
+        return a @ b
+    blocks = torch.nn.functional.pad(a, (0, 0, 0, -len(a) % MATMUL_ROWS)).split(MATMUL_ROWS)
+    return torch.cat([block @ b for block in blocks])[: len(a)]
 
 
 @contextmanager

@@ -92,7 +92,7 @@ MOE_HOST_DEVICE u32 pour(Levels& levels, u32 allowed, u32 rows, u32* share) {
     });
 }
 
-// Rows (balanced) or 0 and 1 (min_active) of every copy that is one of several: share[i] for copy i, zero on entry, from
+// Rows (balanced) or 0 and 1 (min_active) of each copy that is one of several: share[i] of copy i, zero on entry, from
 // count[e], the rows of expert e in the batch. levels: the rows or active experts of each rank that have no choice.
 template <class Levels>
 MOE_HOST_DEVICE void share_rows(const ReplicaMap& map, Levels& levels, const u32* count, u32* share) {
