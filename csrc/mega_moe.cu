@@ -17,7 +17,7 @@
 #include "pipeline/exit.cuh"
 #include "pipeline/store.cuh"
 #include "roles.cuh"
-#include "sched/table.cuh"
+#include "sched/plan.cuh"
 
 namespace moe {
 
@@ -80,13 +80,13 @@ extern "C" __global__ void MOE_CLUSTER __launch_bounds__(kNumThreads, 1)
     if (warp >= kExchangeWarp) {
         ptx::setmaxnreg_dec<kExchangeRegisters>();
         push_head(l);
-        push_rows(l);
+        push_rows(l, s);
         if (warp_id() == kExchangeWarp) trace(l, s, kTrace_exchange, kEvent_pushed, 0);
         combine(l, s);
         if (warp_id() == kExchangeWarp) trace(l, s, kTrace_exchange, kEvent_combined, 0);
     } else {
         if (warp == 0) trace(l, s, kTrace_plan, kEvent_start, 0);
-        if (!build_row_list(l, s, thread)) s.healthy = 0;
+        if (!plan_rows(l, s, thread)) s.healthy = 0;
         if (warp == 0) trace(l, s, kTrace_plan, kEvent_list, 0);
         agree_in_cluster(l, s, thread);
         if (thread == 0) ptx::st_release_cta_shared(&s.plan_done, 1);  // the exchange warps' deadline runs from here

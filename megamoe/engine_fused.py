@@ -12,6 +12,7 @@ from megamoe.builds import kernel_build
 from megamoe.config import MoEConfig
 from megamoe.errors import ErrorRecord, MegaMoEError
 from megamoe.quant.weights import image_shape, pack_expert
+from megamoe.replicas import DeviceReplicas
 from megamoe.steps import ExpertWeights, RankInput
 from megamoe_cuda.compile import compile_kernel
 from megamoe_cuda.device import device_info
@@ -51,7 +52,7 @@ class FusedWorkspace:
                     f"num_sms={num_sms} is less than virtual_ranks={self.num_ranks}; give each rank two SMs"
                 )
             self.dims = layout.dims_of(workspace.moe_configs, self.ep_config, self.ep_size, self.ctas_per_rank)
-            _check_blocks(workspace.moe_configs, self.ep_size, self.ep_config.num_max_tokens_per_rank)
+            _check_blocks(workspace.moe_configs, self.ep_size, self.ep_config)
             self.regions, arena_bytes, local_bytes = layout.place(self.dims)
             self.kernels = self._load_kernels(workspace.moe_configs)
             if self.num_ranks == self.ep_size:
@@ -123,7 +124,8 @@ class FusedWorkspace:
         if code == "aborted_by_peer":
             raise MegaMoEError(f"launch {r.epoch} was ended by rank {r.origin}, whose own error says why", record)
         if code == "expert_out_of_range":
-            signed = r.have - (1 << 32) if r.have >> 31 else r.have
+            # Bit 30 marks an id that the sender could not map to a slot (kUnmappedIdBit)
+            signed = r.have - (1 << 32) if r.have >> 31 else r.have & ~(1 << 30)
             src_rank, token = divmod(r.index, layout.MAX_TOKENS)
             raise MegaMoEError(
                 f"topk_idx of token {token} of rank {src_rank} names expert {signed}; "
@@ -152,11 +154,12 @@ class FusedWorkspace:
         self.kernels, self.local = {}, []
 
 
-def _check_blocks(configs, ep_size: int, capacity: int) -> None:
+def _check_blocks(configs, ep_size: int, ep_config) -> None:
     # The kernel counts token blocks in 16 bits
+    capacity = ep_config.num_max_tokens_per_rank
     for c in configs:
         rows, block = capacity * ep_size * c.topk, choose_block_tokens(c, ep_size, capacity)
-        if rows // block + c.num_experts // ep_size > 65535:
+        if rows // block + ep_config.num_slots(c, ep_size) > 65535:
             raise ValueError(
                 f"num_max_tokens_per_rank={capacity} on {ep_size} ranks with topk={c.topk} can put {rows} rows on one "
                 f"rank, more than {65535 * block}; lower num_max_tokens_per_rank"
@@ -181,16 +184,24 @@ class FusedEngine:
         self.config, self.shared = config, workspace.fused
         self.images: list[tuple[Tensor, Tensor]] = []
         shared = self.shared
-        sizes = (config.num_local_experts(shared.ep_size), config.hidden, config.intermediate)
+        sizes = (shared.ep_config.num_slots(config, shared.ep_size), config.hidden, config.intermediate)
         self.shapes = image_shape(1, *sizes), image_shape(2, *sizes)
         self.params = shared.base_params()
         p = self.params
         p.hidden, p.intermediate, p.topk = config.hidden, config.intermediate, config.topk
         p.num_local_experts = sizes[0]
         p.swiglu_limit = math.inf if config.swiglu_limit is None else config.swiglu_limit
+        self.ep_size, self.slots = shared.ep_size, sizes[0]
+        # Without slots or staging memory for plans ids are slots, and the kernel does nothing for them
+        self.replicas: DeviceReplicas | None = None
+        if shared.ep_config.num_redundant_slots_per_rank or shared.ep_config.num_staged_experts:
+            self.replicas = DeviceReplicas(config, shared, self.slots)
+            for rank, counts in zip(p.ranks, self.replicas.counts, strict=False):
+                rank.replica_map, rank.load_count = self.replicas.map.data_ptr(), counts.data_ptr()
 
     def load_weights(self, weights: list[ExpertWeights]) -> None:
-        """weights: one per rank held here. Packed expert by expert; in place from the second time on."""
+        """weights: one per rank held here. Packed expert by expert; in place from the second time on. The placement
+        is the default one again."""
         if not self.images:
             self.images = [
                 tuple(torch.empty(s, dtype=torch.uint8, device=self.shared.device) for s in self.shapes)
@@ -199,9 +210,52 @@ class FusedEngine:
             for rank, (linear1, linear2) in zip(self.params.ranks, self.images, strict=False):
                 rank.linear1, rank.linear2 = linear1.data_ptr(), linear2.data_ptr()
         for (linear1, linear2), w in zip(self.images, weights, strict=True):
-            for e in range(linear1.shape[0]):
+            for e in range(len(w.linear1)):
                 pack_expert(1, w.linear1[e], w.linear1_sf[e], linear1[e])
                 pack_expert(2, w.linear2[e], w.linear2_sf[e], linear2[e])
+        if self.replicas is not None and self.replicas.placement_version > 1:
+            self.replicas.reset()
+
+    @property
+    def placement(self):
+        return self._planned().placement
+
+    @property
+    def placement_version(self) -> int:
+        return self._planned().placement_version
+
+    @property
+    def expert_bytes(self) -> int:
+        return layout.expert_bytes(self.config)
+
+    @property
+    def load_count(self) -> list[tuple[Tensor, Tensor]]:
+        experts = self.config.num_experts
+        return [(counts[:experts], counts[experts:]) for counts in self._planned().counts]
+
+    def check_fits(self, replicas) -> None:
+        self._planned().check_fits(replicas)
+
+    def stage(self, moves) -> None:
+        self.shared.check()
+        self._planned().stage(moves, self.images)
+
+    def apply(self, moves, placement, replicas) -> None:
+        """Between two launches on the current stream: weights into their slots, then the map."""
+        self._planned().apply(moves, self.images)
+        self._planned().put_in_force(placement, replicas)
+
+    def settle(self) -> None:
+        """Collective: every rank's copies have arrived."""
+        self.shared.memory.barrier()
+
+    def _planned(self) -> DeviceReplicas:
+        if self.replicas is None:
+            raise ValueError(
+                "the workspace was made without room for plans; set EPConfig.num_staged_experts (and "
+                "num_redundant_slots_per_rank for redundant experts)"
+            )
+        return self.replicas
 
     def forward(self, inputs: list[RankInput], num_tokens_bound: int, outs: list[Tensor | None]) -> list[Tensor]:
         shared, p = self.shared, self.params

@@ -58,6 +58,9 @@ class TorchEngine:
         self.placement_version += 1
         self._replicas, self._staged = None, []
 
+    def check_fits(self, replicas: ReplicaMap) -> None:
+        """Any map does."""
+
     def stage(self, moves: list[Move]) -> None:
         """Fetch the moved experts' weights; they wait until apply(). MegaMoEError if a peer does not come."""
         self._staged = []

@@ -64,6 +64,8 @@ class Dims:
     num_local_experts: int
     topk: int
     num_ctas: int
+    expert_bytes: int = 0
+    num_staged_experts: int = 0
 
     @property
     def rows(self) -> int:
@@ -124,6 +126,8 @@ REGIONS = (
            "source's exchange warps", "tokens warps", "their scale factors"),
     Region("combine_y", "symmetric", "bf16", lambda d: (d.capacity, d.topk, d.hidden),
            "expert rank's store or math warps", "owner's exchange warps", "linear2 rows, one per slot"),
+    Region("staging", "symmetric", "u8", lambda d: (2, d.num_staged_experts, d.expert_bytes),
+           "sender of a rebalance", "receiver, after the next call", "weight images on the move; two banks by step"),
     Region("control", "local", "u32", lambda d: (4,),
            "last CTA of a launch", "all CTAs", "epoch, exit counter, ticket counter"),
     Region("record", "local", "u32", lambda d: (8,),
@@ -136,8 +140,10 @@ REGIONS = (
            "store warp (linear1)", "tokens warp (linear2)", "epoch of an h image"),
     Region("block_done", "local", "u32", lambda d: (d.max_m_blocks,),
            "store warp (linear2)", "its last arriver, which zeroes it", "linear2 tiles done"),
-    Region("range_count", "local", "u32", lambda d: (d.num_ctas, MAX_LOCAL_EXPERTS),
+    Region("range_count", "local", "u32", lambda d: (d.num_ctas, MAX_LOGICAL_EXPERTS),
            "plan warps", "plan warps", "rows per CTA range and expert"),
+    Region("chosen", "local", "i32", lambda d: (d.capacity, d.topk),
+           "plan warps", "exchange warps", "slot over all ranks of each of the rank's own rows, if counts choose it"),
     Region("row_list", "local", "u32", lambda d: (d.rows,),
            "plan warps", "tokens warps", "packed (source, token, slot), sorted by expert"),
     Region("h", "local", "u8",
@@ -175,6 +181,8 @@ class RankParams(ctypes.Structure):
         ("local", ctypes.c_uint64),  # base of the local workspace
         ("status", ctypes.c_uint64),  # KernelStatus in pinned host memory
         ("trace", ctypes.c_uint64),  # TraceRecord [CTAs, trace roles, TRACE_RECORDS], in trace builds; 0 otherwise
+        ("replica_map", ctypes.c_uint64),  # words of sched/replica.cuh, read by every launch; 0: expert ids are slots
+        ("load_count", ctypes.c_uint64),  # u64 [num_logical_experts + slots], rows served, with replica_map
         ("linear1_dump", ctypes.c_uint64),  # fp32 sums of linear1, in test builds; 0 otherwise
         ("num_tokens", ctypes.c_uint32),  # rows of the caller's tensors
         ("ep_rank", ctypes.c_uint32),
@@ -254,14 +262,28 @@ def ctas_per_rank(num_sms: int, num_ranks: int) -> int:
     return num_sms // num_ranks // 2 * 2
 
 
+def image_blocks(linear: int, hidden: int, intermediate: int) -> tuple[int, int]:
+    """Weight images of one expert's linear1 or linear2 (`linear` = 1 or 2): blocks of 256 weight rows, of 128 of K."""
+    n, k = (2 * intermediate, hidden) if linear == 1 else (hidden, intermediate)
+    return -(-n // N_BLOCK), k // K_BLOCK
+
+
+def expert_bytes(config) -> int:
+    """Bytes of one expert's weight images."""
+    return sum(math.prod(image_blocks(i, config.hidden, config.intermediate)) for i in (1, 2)) * IMAGE_PITCH_BYTES
+
+
 def dims_of(moe_configs: Sequence, ep_config, ep_size: int, num_ctas: int = 132) -> Dims:
     """The dimensions of a workspace that serves all of `moe_configs`."""
+    staged = ep_config.num_staged_experts
     return Dims(
         ep_size=ep_size,
         capacity=ep_config.num_max_tokens_per_rank,
         hidden=max(c.hidden for c in moe_configs),
         intermediate=max(c.intermediate for c in moe_configs),
-        num_local_experts=max(c.num_experts // ep_size for c in moe_configs),
+        num_local_experts=max(ep_config.num_slots(c, ep_size) for c in moe_configs),
+        expert_bytes=max(map(expert_bytes, moe_configs)) if staged else 0,
+        num_staged_experts=staged,
         topk=max(c.topk for c in moe_configs),
         num_ctas=num_ctas,
     )

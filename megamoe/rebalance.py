@@ -124,7 +124,8 @@ class Rebalance:
         self._engine = engine
         self._args = dict(choice=choice, load=load, num_nodes=num_nodes)
         self._experts = len(load)
-        replica_map(plan_row.ravel(), self._experts, len(plan_row), **self._args)  # its errors now, not half-way
+        # Its errors now, not half-way
+        engine.check_fits(replica_map(plan_row.ravel(), self._experts, len(plan_row), **self._args))
         current = engine.placement.reshape(engine.ep_size, -1)
         self._target = target_placement(current, plan_row)
         self._steps = plan_steps(current, self._target, per_step)

@@ -7,6 +7,9 @@
 
 namespace moe {
 
+// Set in a table entry for an id that names no expert: it can then name no slot either.
+constexpr i32 kUnmappedIdBit = 1 << 30;
+
 // What every launch of a layer reads; written by megamoe/replicas.py. Experts with copies on several ranks are flows.
 struct ReplicaMap {
     const u32* words;
@@ -23,6 +26,10 @@ struct ReplicaMap {
     }
     // Slot of expert e for rows of `src` when the choice is by source rank.
     MOE_HOST_DEVICE u32 by_source(u32 src, u32 e) const { return flow(num_flows())[src * num_logical() + e]; }
+    // Expert in a slot over all ranks; 2^32 - 1: none.
+    MOE_HOST_DEVICE u32 expert_in(u32 slot, u32 ep_size) const {
+        return flow(num_flows())[ep_size * num_logical() + slot];
+    }
 };
 
 // One level a rank, for one thread; sched/table.cuh has the same over the lanes of a warp.

@@ -80,7 +80,8 @@ struct Launch {
     MOE_DEVICE u32* record() const { return local<u32>(p.off_record); }
     MOE_DEVICE u32* range_ready(u32 other) const { return local<u32>(p.off_range_ready) + other; }
     MOE_DEVICE u32* list_ready(u32 other) const { return local<u32>(p.off_list_ready) + other; }
-    MOE_DEVICE u32* range_count(u32 other) const { return local<u32>(p.off_range_count) + other * kMaxLocalExperts; }
+    MOE_DEVICE u32* range_count(u32 other) const { return local<u32>(p.off_range_count) + other * kMaxLogicalExperts; }
+    MOE_DEVICE i32* chosen(u32 token) const { return local<i32>(p.off_chosen) + u64(token) * p.topk; }
     MOE_DEVICE u32* row_list() const { return local<u32>(p.off_row_list); }
     MOE_DEVICE u32* h_ready(u32 m_block) const {
         return local<u32>(p.off_h_ready) + u64(m_block) * (p.intermediate / kKBlock);

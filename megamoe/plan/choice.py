@@ -188,4 +188,7 @@ def words(replicas):
     masks = [sum(1 << int(r) for r in rank[replicas.first[e]:replicas.first[e + 1]]) for e in replicas.flows]
     header = [CHOICES.index(replicas.choice), replicas.num_logical_experts, len(replicas.flows), len(replicas.copy)]
     flows = np.stack([replicas.flows, np.array(masks, np.int64)], 1).ravel() if masks else []
-    return np.concatenate([header, replicas.first, replicas.copy, flows, replicas.by_source.ravel()]).astype(np.uint32)
+    held = np.full(replicas.num_ranks * replicas.slots_per_rank, -1)
+    held[replicas.copy] = np.repeat(np.arange(replicas.num_logical_experts), np.diff(replicas.first))
+    parts = [header, replicas.first, replicas.copy, flows, replicas.by_source.ravel(), held]
+    return np.concatenate(parts).astype(np.int64).astype(np.uint32)
