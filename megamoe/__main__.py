@@ -11,6 +11,7 @@ VERBS = {
     "layout": ("megamoe.verbs", "layout_main", "what lies where in a rank's memory, for given sizes [--json]"),
     "trace": ("megamoe.trace", "main", "one call's times per CTA and role, for Perfetto; needs a GPU [--json]"),
     "plan": ("megamoe.plan.cli", "main", "where experts go, for a recorded or generated load [--json]"),
+    "record": ("megamoe.record", "main", "a model's expert load, step by step, as npz for plan"),
 }
 
 USAGE = """python -m megamoe VERB [arguments]

@@ -27,12 +27,16 @@ def even_plan(physical_to_logical, like):
 
 
 def make_load(kind, num_layers, num_experts, seed, *, drift_sigma=0.0, num_tokens=16384, topk=8):
-    """Rows per expert of sampled tokens, float64 [layers, experts]; with drift_sigma, of the popularity drifted."""
+    """Rows per expert of sampled tokens, float64 [layers, experts]; with drift_sigma, of the popularity drifted.
+
+    "bursts": the tokens are eight prompts, each with a taste of its own.
+    """
     base = popularity(kind, num_layers, num_experts, seed)
     if drift_sigma:
         base = drift(base, drift_sigma, seed + 1000)
     sample_seed = seed + (3000 if drift_sigma else 2000)
-    return count_load(sample_topk(base, num_tokens, topk, sample_seed), num_experts).astype(np.float64)
+    bursts = dict(burst_tokens=num_tokens // 8, burst_sigma=1.0) if kind == "bursts" else {}
+    return count_load(sample_topk(base, num_tokens, topk, sample_seed, **bursts), num_experts).astype(np.float64)
 
 
 def table(rows):

@@ -91,7 +91,7 @@ def test_sampled_tokens_hold_distinct_experts_and_follow_popularity(kind):
     assert (ordered[..., 1:] > ordered[..., :-1]).all()
     load = count_load(topk_idx, 64)
     assert (load.sum(1) == 3000 * 6).all() and load.max() <= 3000
-    if kind != "uniform":
+    if kind not in ("uniform", "bursts"):
         assert np.corrcoef(base.ravel(), load.ravel())[0, 1] > 0.8
     assert (topk_idx == sample_topk(base, 3000, 6, 8)).all()
 
