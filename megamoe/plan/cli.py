@@ -17,6 +17,7 @@ from .report import draw, even_plan, make_load, picture, table
 from .show import promises
 from .simulate import predict, replay, token_nodes
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 # Layers shown in the table; --json has all of them.
 SHOWN = 16
 VERDICT = {True: "✓", False: "✗", "-": "-"}
@@ -53,6 +54,8 @@ def build_parser():
     parser.add_argument("--png", help="draw load per rank before and after to this file (needs matplotlib)")
     parser.add_argument("--compare", action="store_true",
                         help="every promise of the planner beside the published greedy and an LP (needs scipy)")
+    parser.add_argument("--traces", nargs="*", help="recordings for --compare (npz); default: benchmarks/traces/*.npz "
+                        "of this checkout")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="of --compare")
     parser.add_argument("--json", action="store_true", help="print the plan and its figures as JSON")
     parser.add_argument("--out", help="write the plan as JSON to this file")
@@ -88,7 +91,12 @@ def main(argv=None):
 def _compare(args):
     seeds = tuple(args.seeds)
     shown, failed = [], 0
-    for row in promises(seeds):
+    paths = args.traces
+    if paths is None:
+        paths = sorted((CHECKOUT / "benchmarks" / "traces").glob("*.npz"))
+    arrays = {Path(path).stem: read_arrays(path) for path in paths}
+    traces = {name: (one["load"], one.get("kind", np.full(len(one["load"]), "all"))) for name, one in arrays.items()}
+    for row in promises(seeds, traces):
         shown.append(row)
         failed += row["ok"] is False
         if not args.json:
@@ -165,7 +173,7 @@ def _plan(args):
 def _model(args):
     paths = args.measured
     if paths is None:
-        paths = sorted((Path(__file__).resolve().parents[2] / "benchmarks" / "results").glob("*.jsonl"))
+        paths = sorted((CHECKOUT / "benchmarks" / "results").glob("*.jsonl"))
     rows = read_measured(paths)
     return rows, *fit_measured(rows)
 

@@ -2,6 +2,7 @@
 
 import time
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 
@@ -12,18 +13,63 @@ from .oracle import lp_rank_load, node_limited_bound
 from .planner import plan_experts, update_plan
 from .relabel import relabel
 from .report import CASES, even_rank_load, make_load
+from .simulate import chosen_rank_rows
 from .tokens import choose_replicas, nodes_per_token
 
 LAYERS_TIMED = 58  # of DeepSeek-V3 with experts
 
 
-def promises(seeds=(1, 2)):
+# (redundant experts, ranks) at which recorded loads are planned
+TRACE_CASES = ((16, 8), (32, 32))
+
+
+def promises(seeds=(1, 2), traces=()):
     """Rows (dicts) of every promise: line, case, eplb, ours, oracle, needs (text), ok (True, False; "-": not promised).
 
+    traces: {name: (load [steps, layers, experts], kind [steps])} of recordings (record.py, benchmarks/trace_model.py).
     Needs scipy for the oracle: ImportError without. About two minutes on one core.
     """
     for line in (same_statistics, group_limited, next_batch, recovery, recovery_curve, planning_time):
         yield from line(seeds)
+    for name, (load, kind) in dict(traces).items():
+        yield from recorded(name, np.asarray(load, np.float64), kind)
+
+
+def recorded(name, steps, kind):
+    """A recording: every kind of step planned and served; then each step served by the plan made from the one before.
+
+    Layers without load in a step count as even. The second needs two steps of a kind.
+    """
+    for redundant, ranks in TRACE_CASES:
+        shared = dict(num_ranks=ranks, num_redundant_experts=redundant)
+        for one in dict.fromkeys(kind.tolist()):
+            load = steps[kind == one].sum(0)
+            plan, greedy = plan_experts(load, **shared), greedy_physical_to_logical(load, **shared)
+            rival = balancedness(even_rank_load(greedy, ranks, load))
+            lp = np.array([_lp_balancedness(plan, layer, load[layer]) for layer in range(len(load))])
+            ours = plan.balancedness
+            case = f"{name} {one} +{redundant}/{ranks}"
+            yield _row("recorded", case, rival.min(), ours.min(), lp.min(), ">= eplb in every layer",
+                       (ours >= rival - 1e-9).all())
+            here = steps[kind == one]
+            if len(here) < 2:
+                continue
+            rival, ours, lp = [], [], []
+            for before, after in list(pairwise(here))[:: max(1, len(here) // 8)]:
+                plan, greedy = plan_experts(before, **shared), greedy_physical_to_logical(before, **shared)
+                rival.append(balancedness(even_rank_load(greedy, ranks, after)))
+                ours.append(balancedness(chosen_rank_rows(plan, after)))
+                lp.append([_lp_balancedness(plan, layer, rows) for layer, rows in enumerate(after)])
+            rival, ours, lp = (np.array(column) for column in (rival, ours, lp))
+            # Few rows a rank: an LP, and an even split, may cut a row in two; a choice cannot
+            whole = after.sum(1).max() / ranks
+            yield _row("recorded next", case, rival.mean(), ours.mean(), lp.mean(), "0.98 of mean LP, less a row",
+                       ours.mean() >= 0.98 * lp.mean() - 1 / whole)
+
+
+def _lp_balancedness(plan, layer, rows):
+    largest = lp_rank_load(plan.physical_to_logical[layer], plan.num_ranks, rows)
+    return rows.sum() / plan.num_ranks / largest if largest else 1.0
 
 
 def same_statistics(seeds):

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamoe.plan import drift, popularity, sample_topk
+from megamoe.plan import count_load, drift, popularity, sample_topk
 from megamoe.plan.cli import main
 from megamoe.plan.predict import LayerTime, expected_active, fit_measured, read_measured
+from megamoe.plan.show import recorded
 from megamoe.plan.simulate import predict, replay
 
 RESULTS = sorted((Path(__file__).resolve().parents[2] / "benchmarks" / "results").glob("*.jsonl"))
@@ -70,3 +71,12 @@ def test_verb_simulates_a_recording(tmp_path, capsys):
     assert "8 or more" in capsys.readouterr().err
     assert main([str(tmp_path / "trace.npz"), "--ranks", "4", "--redundant", "4", "--phase", "decode"]) == 0
     assert "bound in us" in capsys.readouterr().out
+
+
+def test_recordings_are_planned_and_served_as_promised():
+    base, steps = popularity("lognormal", 2, 64, 3), []
+    for step in range(4):
+        steps.append(count_load(sample_topk(base, 2000, 6, step, burst_tokens=250, burst_sigma=0.7), 64))
+    rows = list(recorded("made", np.array(steps, float), np.array(["a", "b", "b", "b"])))
+    assert [row["line"] for row in rows] == ["recorded", "recorded", "recorded next"] * 2
+    assert all(row["ok"] is True for row in rows), rows
