@@ -2,6 +2,7 @@
 #pragma once
 #include "params.gen.cuh"
 #include "prelude.cuh"
+#include "roles.cuh"
 #include "sync/launch.cuh"
 
 namespace moe {
@@ -27,6 +28,17 @@ struct Config {
     static constexpr u32 kSliceBytes = 2048;
     static constexpr u32 kStagingBytes =
         align_up(kWeightsOnM ? kBlockTokens * kStagingRowBytes : max_u32(kHImageBytes, 8 * kSliceBytes), 128);
+    // Warpgroups' registers; 128 threads each of loads and exchange, 256 of math. Tokens on M: the accumulators take
+    // 192, and the load warps only issue bulk copies. Weights on M: the exchange warps sum eight slots at once.
+    static constexpr u32 kMathRegisters = kWeightsOnM ? 192 : 208;
+    static constexpr u32 kLoadRegisters = kWeightsOnM ? 40 : 32;
+    static constexpr u32 kExchangeRegisters = kWeightsOnM ? 88 : 64;
+    static_assert(128 * (2 * kMathRegisters + kLoadRegisters + kExchangeRegisters) == 65536,
+                  "the register file, exactly");
+    static constexpr u32 kCombineLoads = kWeightsOnM ? 8 : 6;  // of 16 bytes that a combining lane has in flight
+    // On tokens_full. Weights on M: each tokens warp's lanes as their copies land, and lane 0 once more for the names
+    // of the rows. Tokens on M: the one copying thread.
+    static constexpr u32 kTokensArrivals = kWeightsOnM ? kTokensWarps * kGatherArrivals : 1;
     // Routing tables up to this many slots are counted by every CTA alone; larger ones by the grid, with two barriers.
     static constexpr u32 kSmallTable = kWeightsOnM ? 3840 : 0;
 
@@ -37,13 +49,15 @@ struct Config {
 constexpr u32 kTileSlots = 4;    // tiles announced ahead of the math warps
 constexpr u32 kTicketSlots = 8;  // more than the tiles that one CTA of a pair can be ahead: one a stage at most
 
-// One announced tile. rows/weights are filled by the tokens warps before the tile's first stage is full.
+// One announced tile. The tokens warps fill its row names and weights: weights on M before the tile's first stage is
+// full, tokens on M before names_full.
 struct TileSlot {
     u32 kind;  // TileKind
     u32 expert, m_block, n_block;
     u32 row_begin, row_count;  // rows of the tile in the list; 0: only keeps step with the cluster, publishes nothing
     u32 number;                // of this CTA's tiles; slot and mbarrier phases follow from it
     u32 shares_weights;        // with the other CTA of the cluster
+    const u8* weights;         // its first image
 };
 enum TileKind : u32 { kTile_linear1, kTile_linear2, kTile_end };
 
@@ -58,18 +72,18 @@ struct SharedState {
     u32 tile_rows[kTileSlots][C::kBlockTokens];
     f32 tile_weights[kTileSlots][C::kBlockTokens];
     TileSlot tiles[kTileSlots];
-    // Of the tokens warps' current linear1 tile.
-    const u8* row_source[C::kBlockTokens];
-    const f32* row_sf_source[C::kBlockTokens];
+    // Of the tokens warps' current linear1 tile, where they gather it.
+    const u8* row_source[C::kWeightsOnM ? C::kBlockTokens : 1];
+    const f32* row_sf_source[C::kWeightsOnM ? C::kBlockTokens : 1];
     f32 row_amax[8][C::kWeightsOnM ? C::kBlockTokens : 1];
     f32 row_scale[C::kWeightsOnM ? C::kBlockTokens : 1];
     alignas(128) u8 y_slice[4][2][512];  // combine: two bulk stores in flight per exchange warp
 
     // Items of the exchange warps' last windows that nobody has taken: math warps help once their tiles are done.
-    u32 watch_first[4], watch_pending[4], watch_open[4];
+    u32 watch_first[4], watch_pending[4], watch_open[4], watch_idle_since[4], watch_polls[4];
 
     u64 weights_full[kMaxStages], tokens_full[kMaxStages], stage_empty[kMaxStages];
-    u64 tile_full[kTileSlots], tile_empty[kTileSlots];
+    u64 tile_full[kTileSlots], tile_empty[kTileSlots], names_full[kTileSlots];
     u64 staging_full[C::kStagingGroups], staging_empty[C::kStagingGroups];
     u64 plan_agreed;                // of the cluster's CTAs
     u64 ticket_full[kTicketSlots];  // second CTA of a pair: the first has drawn
@@ -81,7 +95,7 @@ struct SharedState {
 #ifdef TRACE
     u32 trace_count[kNumTraceRoles];
 #endif
-    u32 plan_done, num_m_blocks, healthy, partner_failed, is_last_cta, aborted;
+    u32 plan_done, num_m_blocks, num_tickets, healthy, partner_failed, is_last_cta, aborted;
     u32 small_list[C::kSmallTable ? C::kSmallTable : 1];
 };
 

@@ -2,16 +2,18 @@
 //
 //   warps  0-7    math      pipeline/2_linear1.cuh, 3_swiglu.cuh, 4_linear2.cuh, gemm/mainloop.cuh
 //   warp   8      weights   gemm/load_weights.cuh        warps 0-11 first plan: sched/table.cuh
-//   warps  9-10   tokens    gemm/load_tokens.cuh
+//   warps  9-10   tokens    gemm/gather_tokens.cuh (weights on M), gemm/load_images.cuh (tokens on M)
 //   warp   11     store     pipeline/store.cuh
-//   warps 12-15   exchange  pipeline/1_dispatch.cuh, then 5_combine.cuh
+//   warps 12-15   exchange  pipeline/1_dispatch.cuh, 1_permute.cuh (tokens on M), then 5_combine.cuh
 //
 // Built once per tile size: -DBLOCK_TOKENS=8|16|32|64|128 (config.cuh).
 #include "config.cuh"
 #include "debug/trace.cuh"
-#include "gemm/load_tokens.cuh"
+#include "gemm/gather_tokens.cuh"
+#include "gemm/load_images.cuh"
 #include "gemm/load_weights.cuh"
 #include "pipeline/1_dispatch.cuh"
+#include "pipeline/1_permute.cuh"
 #include "pipeline/2_linear1.cuh"
 #include "pipeline/5_combine.cuh"
 #include "pipeline/exit.cuh"
@@ -28,12 +30,13 @@ template <class C>
 MOE_DEVICE void init_barriers(SharedStorage<C>& s) {
     for (u32 i = 0; i < kStages<C>; ++i) {
         ptx::mbarrier_init(&s.weights_full[i], 1);
-        ptx::mbarrier_init(&s.tokens_full[i], kTokensWarps * kTokensArrivals);
+        ptx::mbarrier_init(&s.tokens_full[i], C::kTokensArrivals);
         ptx::mbarrier_init(&s.stage_empty[i], kMathWarps * C::kCluster);
     }
     for (u32 i = 0; i < kTileSlots; ++i) {
         ptx::mbarrier_init(&s.tile_full[i], 1);
         ptx::mbarrier_init(&s.tile_empty[i], kTileReaders);
+        ptx::mbarrier_init(&s.names_full[i], 1);
     }
     for (u32 i = 0; i < C::kStagingGroups; ++i) {
         ptx::mbarrier_init(&s.staging_full[i], kMathWarps / C::kStagingGroups);
@@ -78,9 +81,10 @@ extern "C" __global__ void MOE_CLUSTER __launch_bounds__(kNumThreads, 1)
     const Launch l(params, s.launch);
 
     if (warp >= kExchangeWarp) {
-        ptx::setmaxnreg_dec<kExchangeRegisters>();
+        ptx::setmaxnreg_dec<Kernel::kExchangeRegisters>();
         push_head(l);
         push_rows(l, s);
+        if constexpr (!Kernel::kWeightsOnM) permute_rows(l, s);
         if (warp_id() == kExchangeWarp) trace(l, s, kTrace_exchange, kEvent_pushed, 0);
         combine(l, s);
         if (warp_id() == kExchangeWarp) trace(l, s, kTrace_exchange, kEvent_combined, 0);
@@ -92,16 +96,20 @@ extern "C" __global__ void MOE_CLUSTER __launch_bounds__(kNumThreads, 1)
         if (thread == 0) ptx::st_release_cta_shared(&s.plan_done, 1);  // the exchange warps' deadline runs from here
         ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
         if (warp >= kWeightsWarp) {
-            ptx::setmaxnreg_dec<kLoadRegisters>();
+            ptx::setmaxnreg_dec<Kernel::kLoadRegisters>();
             if (warp == kWeightsWarp) {
                 if (lane == 0) load_weights(l, s);
             } else if (warp == kStoreWarp) {
                 store_tiles(l, s, lane);
+            } else if constexpr (Kernel::kWeightsOnM) {
+                gather_tokens(l, s);
+            } else if (warp == kTokensWarp) {
+                load_images(l, s, lane);
             } else {
-                load_tokens(l, s);
+                name_rows(l, s, lane);
             }
         } else {
-            ptx::setmaxnreg_inc<kMathRegisters>();
+            ptx::setmaxnreg_inc<Kernel::kMathRegisters>();
             compute_tiles(l, s);
             help_combine(l, s);
         }

@@ -11,6 +11,7 @@ from megamoe import layout
 from megamoe.builds import kernel_build
 from megamoe.config import MoEConfig
 from megamoe.errors import ErrorRecord, MegaMoEError
+from megamoe.plan import tiles
 from megamoe.quant.weights import image_shape, pack_expert
 from megamoe.replicas import DeviceReplicas
 from megamoe.steps import ExpertWeights, RankInput
@@ -18,17 +19,6 @@ from megamoe_cuda.compile import compile_kernel
 from megamoe_cuda.device import device_info
 from megamoe_cuda.launch import LoadedKernel, read_symbol_u32
 from megamoe_cuda.symmetric import HostStatus, NvshmemMemory, OneGpuMemory
-
-
-def choose_block_tokens(config: MoEConfig, ep_size: int, num_tokens_bound: int) -> int:
-    """Tokens of a tile, from values equal on all ranks.
-
-    With r rows an expert on average, the smallest block that holds r and 1.5 standard deviations of a uniform routing:
-    a second block of the same expert reads its weights again. Beyond 64, tokens go to the wgmma M side.
-    """
-    rows = max(num_tokens_bound, 1) * ep_size * config.topk / config.num_experts
-    wanted = rows + 1.5 * math.sqrt(rows)
-    return next((block for block in layout.BLOCK_TOKENS if block >= wanted), layout.BLOCK_TOKENS[-1])
 
 
 class FusedWorkspace:
@@ -66,8 +56,8 @@ class FusedWorkspace:
             self._clear()
 
     def _load_kernels(self, configs) -> dict[int, LoadedKernel]:
-        largest = [choose_block_tokens(c, self.ep_size, self.ep_config.num_max_tokens_per_rank) for c in configs]
-        smallest = [choose_block_tokens(c, self.ep_size, 1) for c in configs]
+        largest = [tiles.choose_block_tokens(c, self.ep_size, self.ep_config.num_max_tokens_per_rank) for c in configs]
+        smallest = [tiles.choose_block_tokens(c, self.ep_size, 1) for c in configs]
         wanted = [block for block in layout.BLOCK_TOKENS if min(smallest) <= block <= max(largest)]
         builds = [kernel_build(block) for block in wanted]
         with ThreadPoolExecutor(max_workers=4) as pool:
@@ -158,7 +148,7 @@ def _check_blocks(configs, ep_size: int, ep_config) -> None:
     # The kernel counts token blocks in 16 bits
     capacity = ep_config.num_max_tokens_per_rank
     for c in configs:
-        rows, block = capacity * ep_size * c.topk, choose_block_tokens(c, ep_size, capacity)
+        rows, block = capacity * ep_size * c.topk, tiles.choose_block_tokens(c, ep_size, capacity)
         if rows // block + ep_config.num_slots(c, ep_size) > 65535:
             raise ValueError(
                 f"num_max_tokens_per_rank={capacity} on {ep_size} ranks with topk={c.topk} can put {rows} rows on one "
@@ -172,6 +162,8 @@ def _story(r: ErrorRecord) -> str:
         ("plan", "plan"): f"the CTAs of this rank did not meet while counting rows (meeting {r.index})",
         ("tokens", "dispatch"): f"token rows from rank {r.index} did not arrive",
         ("tokens", "swiglu"): f"the SwiGLU output of token block {r.index} was not written",
+        ("tokens", "plan"): f"the rows of token block {r.index} were not brought into expert order",
+        ("exchange", "dispatch"): f"token rows from rank {r.index} did not arrive",
         ("exchange", "combine"): f"the expert rows of token {r.index} did not come back",
     }
     return waited_for.get((r.role, r.step), "a wait inside the kernel passed its deadline")
@@ -276,14 +268,10 @@ class FusedEngine:
         p.idx_is_int64 = first.topk_idx.dtype == torch.int64
         p.weights_are_bf16 = first.topk_weights.dtype == torch.bfloat16
 
-        block = choose_block_tokens(self.config, shared.ep_size, num_tokens_bound)
-        # Few rows an expert: all of linear1, then all of linear2. Many: waves of 8 pairs of blocks (two rounds of the
-        # GPU at intermediate 2048), linear2 two waves behind.
-        p.order_group, p.order_lag = (1, 1 << 20) if block <= 64 else (8, 2)
-        warps = shared.ctas_per_rank * layout.EXCHANGE_WARPS
-        p.combine_columns = min(
-            hidden, math.ceil(max(num_tokens_bound, 1) * hidden / warps / layout.COMBINE_STEP) * layout.COMBINE_STEP
-        )
+        block = tiles.choose_block_tokens(self.config, shared.ep_size, num_tokens_bound)
+        p.order_group, p.order_lag = tiles.tile_order(block)
+        warps = shared.ctas_per_rank * (layout.EXCHANGE_WARPS + layout.MATH_WARPS)
+        p.combine_columns = tiles.combine_columns(hidden, num_tokens_bound, warps)
         p.combine_chunks = -(-hidden // p.combine_columns)
         with torch.cuda.device(shared.device):
             stream = torch.cuda.current_stream().cuda_stream

@@ -15,6 +15,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megamoe.plan import tiles
+from megamoe.plan.tiles import BLOCK_TOKENS, COMBINE_STEP, MAX_WEIGHTS_ON_M
+
 MAX_EP_SIZE = 32  # a bit of a 32-bit mask per destination rank
 MAX_VIRTUAL_RANKS = 8
 MAX_TOPK = 16  # four bits of a row's name
@@ -29,17 +32,14 @@ MAX_LOGICAL_EXPERTS = 512  # shared-memory tables of the plan step where copies 
 MAX_COPIES = 1024  # the same
 
 NUM_THREADS = 512  # of a CTA; csrc/roles.cuh says what each warp does
-EXCHANGE_WARPS = 4  # of them; with the CTA count, how many combine items run at once
-COMBINE_STEP = 256  # columns that a warp sums at once
+EXCHANGE_WARPS = 4  # of them; they combine, and at the end of a call the math warps help
+MATH_WARPS = 8
 
 K_BLOCK = 128  # columns of a scale factor, bytes of a swizzled row, K of a stage
 N_BLOCK = 256  # weight rows of an image and of a tile
 IMAGE_SF_OFFSET = N_BLOCK * K_BLOCK
 IMAGE_COPY_BYTES = IMAGE_SF_OFFSET + 16  # what one bulk copy moves: e4m3 values, two fp32 scale factors, padding
 IMAGE_PITCH_BYTES = IMAGE_SF_OFFSET + 128
-
-# Tokens of a tile. Up to 64 rows the weights lie on the wgmma M side and tokens on N; 128 puts the tokens on M.
-BLOCK_TOKENS = (8, 16, 32, 64, 128)
 
 ROLES = ("none", "plan", "weights", "tokens", "math", "store", "exchange", "exit")
 STEPS = ("none", "dispatch", "plan", "linear1", "swiglu", "linear2", "combine")
@@ -64,6 +64,7 @@ class Dims:
     num_local_experts: int
     topk: int
     num_ctas: int
+    max_block_tokens: int  # largest tile that any call can choose
     expert_bytes: int = 0
     num_staged_experts: int = 0
 
@@ -75,6 +76,12 @@ class Dims:
     def m_blocks(self, block_tokens: int) -> int:
         """Most token blocks of one rank: every local expert can end in one partial block."""
         return self.rows // block_tokens + self.num_local_experts
+
+    @property
+    def image_rows(self) -> int:
+        """Rows of x_image: those received, each expert rounded up to whole blocks; 0 where no call needs them."""
+        tokens_on_m = self.max_block_tokens > MAX_WEIGHTS_ON_M
+        return self.rows + self.max_block_tokens * self.num_local_experts if tokens_on_m else 0
 
     @property
     def max_m_blocks(self) -> int:
@@ -113,7 +120,7 @@ REGIONS = (
     Region("head_num_tokens", "symmetric", "u32", lambda d: (2, d.ep_size),
            "source's exchange warps", "plan warps", "tokens of a source rank"),
     Region("x_ready", "symmetric", "u32", lambda d: (d.ep_size, d.capacity),
-           "source's exchange warps", "tokens warps", "epoch of a received row"),
+           "source's exchange warps", "tokens or exchange warps", "epoch of a received row"),
     Region("combine_ready", "symmetric", "u32", lambda d: (d.capacity, MAX_TOPK),
            "expert rank's store warp", "owner's exchange warps", "epoch of a combine_y row"),
     Region("head_idx", "symmetric", "i32", lambda d: (2, d.ep_size, d.capacity, d.topk),
@@ -121,9 +128,9 @@ REGIONS = (
     Region("head_weights", "symmetric", "f32", lambda d: (2, d.ep_size, d.capacity, d.topk),
            "source's exchange warps", "tokens warps", "top-k weights"),
     Region("recv_x", "symmetric", "e4m3", lambda d: (d.ep_size, d.capacity, d.hidden),
-           "source's exchange warps", "tokens warps", "token rows, once per (token, rank)"),
+           "source's exchange warps", "tokens or exchange warps", "token rows, once per (token, rank)"),
     Region("recv_x_sf", "symmetric", "f32", lambda d: (d.ep_size, d.capacity, d.hidden // K_BLOCK),
-           "source's exchange warps", "tokens warps", "their scale factors"),
+           "source's exchange warps", "tokens or exchange warps", "their scale factors"),
     Region("combine_y", "symmetric", "bf16", lambda d: (d.capacity, d.topk, d.hidden),
            "expert rank's store or math warps", "owner's exchange warps", "linear2 rows, one per slot"),
     Region("staging", "symmetric", "u8", lambda d: (2, d.num_staged_experts, d.expert_bytes),
@@ -146,6 +153,10 @@ REGIONS = (
            "plan warps", "exchange warps", "slot over all ranks of each of the rank's own rows, if counts choose it"),
     Region("row_list", "local", "u32", lambda d: (d.rows,),
            "plan warps", "tokens warps", "packed (source, token, slot), sorted by expert"),
+    Region("x_image_ready", "local", "u32", lambda d: (d.image_rows,),
+           "exchange warps", "tokens warp (linear1)", "epoch of a row of x_image"),
+    Region("x_image", "local", "u8", lambda d: (d.image_rows, d.hidden // K_BLOCK, K_BLOCK + 4),
+           "exchange warps", "tokens warp (linear1)", "received rows in expert order, as stage images"),
     Region("h", "local", "u8",
            lambda d: (d.rows + max(BLOCK_TOKENS) * d.num_local_experts, d.intermediate // K_BLOCK, K_BLOCK + 4),
            "store warp (linear1)", "tokens warp (linear2)", "SwiGLU output: e4m3 rows and their scale factors"),
@@ -161,6 +172,7 @@ ZEROED = (
     "control",
     "range_ready",
     "list_ready",
+    "x_image_ready",
     "h_ready",
     "block_done",
 )
@@ -275,10 +287,11 @@ def expert_bytes(config) -> int:
 
 def dims_of(moe_configs: Sequence, ep_config, ep_size: int, num_ctas: int = 132) -> Dims:
     """The dimensions of a workspace that serves all of `moe_configs`."""
+    capacity = ep_config.num_max_tokens_per_rank
     staged = ep_config.num_staged_experts
     return Dims(
         ep_size=ep_size,
-        capacity=ep_config.num_max_tokens_per_rank,
+        capacity=capacity,
         hidden=max(c.hidden for c in moe_configs),
         intermediate=max(c.intermediate for c in moe_configs),
         num_local_experts=max(ep_config.num_slots(c, ep_size) for c in moe_configs),
@@ -286,6 +299,7 @@ def dims_of(moe_configs: Sequence, ep_config, ep_size: int, num_ctas: int = 132)
         num_staged_experts=staged,
         topk=max(c.topk for c in moe_configs),
         num_ctas=num_ctas,
+        max_block_tokens=max(tiles.choose_block_tokens(c, ep_size, capacity) for c in moe_configs),
     )
 
 

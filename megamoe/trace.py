@@ -200,7 +200,7 @@ def trace_call(config, num_tokens: int, virtual_ranks: int, prequantized: bool) 
 
     from megamoe import EPConfig, MoELayer, Workspace
     from megamoe.builds import kernel_build
-    from megamoe.engine_fused import choose_block_tokens
+    from megamoe.plan.tiles import choose_block_tokens
     from megamoe.testing.data import make_input, make_weights
     from megamoe_cuda.compile import compile_kernel
     from megamoe_cuda.launch import LoadedKernel, read_symbol_u32

@@ -5,7 +5,7 @@
 A file of variants has one block each; "base" is always there. Every replacement must match, or nothing is run:
 
     == no gather
-    gemm/load_tokens.cuh
+    gemm/gather_tokens.cuh
     --- for (u32 i = 0; i < kSteps; ++i) {
     +++ for (u32 i = 0; i < 0; ++i) {
 
@@ -63,13 +63,14 @@ def build(variants: dict[str, list[Replacement]], block_tokens: int) -> dict[str
 
 
 def time_variants(kernels: dict[str, CompiledKernel], given: argparse.Namespace) -> None:
-    from megamoe import EPConfig, MoEConfig, MoELayer, Workspace, engine_fused
+    from megamoe import EPConfig, MoEConfig, MoELayer, Workspace
+    from megamoe.plan import tiles
     from megamoe.testing.data import make_input, make_weights
     from megamoe_cuda.launch import LoadedKernel, read_symbol_u32
 
     config = MoEConfig(given.hidden, given.intermediate, given.experts, given.topk)
     weights = make_weights(0, config, 1, 0, "cuda")
-    engine_fused.choose_block_tokens = lambda *_: given.block_tokens
+    tiles.choose_block_tokens = lambda *_: given.block_tokens
     for tokens in given.tokens:
         with Workspace(config, EPConfig(tokens), device="cuda") as workspace, MoELayer(config, workspace) as layer:
             layer.load_weights(weights.linear1, weights.linear2, weights.linear1_sf, weights.linear2_sf)

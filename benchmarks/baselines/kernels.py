@@ -161,8 +161,8 @@ def _quantize_rows(x_ptr, q_ptr, sf_ptr, q_stride, sf_stride, hidden):
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = block * 128 + tl.arange(0, 128)
     x = tl.load(x_ptr + row * hidden + column).to(tl.float32)
-    sf = tl.maximum(tl.max(tl.abs(x), 0), 1e-10) / 448.0
-    q = tl.minimum(tl.maximum(x / sf, -448.0), 448.0)
+    sf = tl.math.div_rn(tl.maximum(tl.max(tl.abs(x), 0), 1e-10), 448.0)
+    q = tl.minimum(tl.maximum(tl.math.div_rn(x, sf), -448.0), 448.0)
     tl.store(q_ptr + row * q_stride + column, q.to(q_ptr.dtype.element_ty))
     tl.store(sf_ptr + row * sf_stride + block, sf)
 

@@ -11,24 +11,31 @@
 
 namespace moe {
 
-// Announces tile `number`, or the end. Readers: every other role of linear1 and linear2.
-template <class C>
-MOE_DEVICE void announce(const Launch& l, SharedStorage<C>& s, u32 ticket, u32 tickets, u32 number) {
-    wait_mbarrier(&s.tile_empty[number % kTileSlots], (number / kTileSlots & 1) ^ 1);
-    TileSlot t{kTile_end};
-    // A lost launch takes no further tile; those announced before run to their end. In a cluster both CTAs keep step.
-    if (ticket < tickets && (s.healthy || C::kCluster > 1)) t = tile_of_ticket(l, s, ticket);
-    t.number = number;
-    s.tiles[number % kTileSlots] = t;
-    ptx::mbarrier_arrive(&s.tile_full[number % kTileSlots]);
+MOE_DEVICE u32 k_blocks_of(const Launch& l, const TileSlot& t) {
+    return (t.kind == kTile_linear2 ? l.p.intermediate : l.p.hidden) / kKBlock;
 }
 
-template <class C>
-MOE_DEVICE const u8* first_image(const Launch& l, const TileSlot& t, u32 k_blocks) {
+MOE_DEVICE const u8* first_image(const Launch& l, const TileSlot& t) {
     const bool second = t.kind == kTile_linear2;
     const u32 n_blocks = second ? l.n_blocks2() : l.n_blocks1();
     return reinterpret_cast<const u8*>(second ? l.me.linear2 : l.me.linear1) +
-           (u64(t.expert) * n_blocks + t.n_block) * k_blocks * u64(kImagePitchBytes);
+           (u64(t.expert) * n_blocks + t.n_block) * k_blocks_of(l, t) * u64(kImagePitchBytes);
+}
+
+// Announces tile `number`, or the end. Readers: every other role of linear1 and linear2.
+template <class C>
+MOE_DEVICE void announce(const Launch& l, SharedStorage<C>& s, u32 ticket, u32 number) {
+    wait_mbarrier(&s.tile_empty[number % kTileSlots], (number / kTileSlots & 1) ^ 1);
+    TileSlot& t = s.tiles[number % kTileSlots];
+    t.number = number;
+    // A lost launch takes no further tile; those announced before run to their end. In a cluster both CTAs keep step.
+    if (ticket < s.num_tickets && (s.healthy || C::kCluster > 1)) {
+        tile_of_ticket(l, s, ticket, t);
+        t.weights = first_image(l, t);
+    } else {
+        t.kind = kTile_end;
+    }
+    ptx::mbarrier_arrive(&s.tile_full[number % kTileSlots]);
 }
 
 // One image, or in a pair half of it for both CTAs: the other half comes from the partner. Both halves count on this
@@ -75,24 +82,28 @@ struct Tickets {
 };
 
 // One thread. The next tile is announced early in this one, so that the tokens role can look up its rows in time.
+// What lasts longer than a stage stays in shared memory: the registers are for tile_of_ticket.
 template <class C>
 MOE_DEVICE void load_weights(const Launch& l, SharedStorage<C>& s) {
     constexpr u32 kAnnounceAt = 2;
-    const u32 tickets = num_tickets(l, s);
+    s.num_tickets = num_tickets(l, s);
     RingPosition<kStages<C>> stage;
     Tickets<C> draws;
-    announce(l, s, s.healthy ? l.cta / C::kCluster : tickets, tickets, 0);
+    announce(l, s, s.healthy ? l.cta / C::kCluster : s.num_tickets, 0);
     for (u32 number = 0;; ++number) {
         const TileSlot& t = s.tiles[number % kTileSlots];
         if (t.kind == kTile_end) return;
         trace(l, s, kTrace_weights, kEvent_tile, number);
         draws.draw(l);  // its latency hides behind the first stages
-        const u32 k_blocks = (t.kind == kTile_linear2 ? l.p.intermediate : l.p.hidden) / kKBlock;
-        const u8* image = first_image<C>(l, t, k_blocks);
-        for (u32 k = 0; k < k_blocks; ++k, image += kImagePitchBytes, stage.advance()) {
+        const u32 k_blocks = k_blocks_of(l, t);
+#pragma unroll 1
+        for (u32 k = 0; k < k_blocks; ++k, stage.advance()) {
             wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());
-            load_image(l, s, image, stage.slot(), t.shares_weights);
-            if (k == min_u32(kAnnounceAt, k_blocks - 1)) announce(l, s, draws.take(l, s, number), tickets, number + 1);
+            load_image(l, s, t.weights + u64(k) * kImagePitchBytes, stage.slot(), t.shares_weights);
+            if (k == min_u32(kAnnounceAt, k_blocks - 1)) {
+                const u32 current = computed_here(number);
+                announce(l, s, draws.take(l, s, current), current + 1);
+            }
         }
         trace(l, s, kTrace_weights, kEvent_k_loop, number);
     }

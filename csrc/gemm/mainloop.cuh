@@ -132,8 +132,8 @@ MOE_DEVICE void accumulate(const Launch& l, SharedStorage<C>& s, Accumulator<C>&
         wait_mbarrier(&s.weights_full[stage.slot()], stage.consumer_parity());
         wait_mbarrier(&s.tokens_full[stage.slot()], stage.consumer_parity());
         if (k == 0 && warp % 4 == 0) trace(l, s, kTrace_math0 + warpgroup, kEvent_first_stage, t.number);
-        if (!second) ptx::fence_proxy_async_shared();  // gathered rows were written by the generic proxy
         if constexpr (C::kWeightsOnM) {
+            if (!second) ptx::fence_proxy_async_shared();  // gathered rows were written by the generic proxy
             accumulate_stage_weights_on_m(out, s.stages[stage.slot()], warpgroup, second, lane,
                                           &s.stage_empty[stage.slot()]);
         } else {

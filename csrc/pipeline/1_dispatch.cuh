@@ -1,6 +1,6 @@
 // dispatch: every rank pushes its routing table to every rank, then each token's row once to each rank that needs it,
 // into a slot known in advance: recv_x[source][token]. Nothing is allocated and nothing waits. Partners: wait_heads in
-// sched/table.cuh (head_ready) and wait_rows in gemm/load_tokens.cuh (x_ready).
+// sched/table.cuh (head_ready); wait_rows in gemm/gather_tokens.cuh and permute_rows in 1_permute.cuh (x_ready).
 #pragma once
 #include "config.cuh"
 #include "ptx/convert.cuh"
@@ -148,7 +148,7 @@ MOE_DEVICE void push_rows(const Launch& l, SharedStorage<C>& s) {
     if (by_counts) {
         // Partner: build_chosen_list, through mega_moe.cu. Its own waits have deadlines, and it always gets there.
         while (!ptx::ld_acquire_cta_shared(&s.plan_done)) __nanosleep(20);
-        if (!s.healthy) return;
+        if (!__shfl_sync(~0u, s.healthy, 0)) return;
     }
     constexpr u32 kBatch = 4;
     const u32 lane = lane_id(), stride = item_stride(l), me = l.me.ep_rank;

@@ -52,6 +52,7 @@ MOE_DEVICE void compute_tiles(const Launch& l, SharedStorage<C>& s) {
         const u32 number = t.number, slot = number % kTileSlots;
         mark_math(l, s, kEvent_k_loop, number);
         const u32 warp = warp_id(), lane = lane_id(), group = warp / 4 % C::kStagingGroups;
+        if constexpr (!C::kWeightsOnM) wait_mbarrier(&s.names_full[slot], number / kTileSlots & 1);
         wait_mbarrier(&s.staging_empty[group], (number & 1) ^ 1);
         mark_math(l, s, kEvent_staging, number);
         if (t.kind == kTile_linear1) {

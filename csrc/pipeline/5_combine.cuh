@@ -36,20 +36,21 @@ MOE_DEVICE void add_bf16(f32 (&sum)[8], uint4 v) {
     for (int i = 0; i < 4; ++i) sum[2 * i] += ptx::bf16_low(pairs[i]), sum[2 * i + 1] += ptx::bf16_high(pairs[i]);
 }
 
-// 8 columns of a lane: four slots' loads in flight at a time, sums in slot order.
+// 8 columns of a lane: kLoads slots' loads in flight at a time, sums in slot order.
+template <u32 kLoads>
 MOE_DEVICE uint4 sum_slots(const u16* rows, u32 hidden, u32 used) {
     f32 sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     while (used) {
-        uint4 v[4];
+        uint4 v[kLoads];
         const u32 batch = used;
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
+        for (u32 i = 0; i < kLoads; ++i) {
             if (used) v[i] = ptx::ld_cg_v4(rows + (__ffs(used) - 1) * hidden);
             used &= used - 1;
         }
         u32 rest = batch;
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
+        for (u32 i = 0; i < kLoads; ++i) {
             if (rest) add_bf16(sum, v[i]);
             rest &= rest - 1;
         }
@@ -59,6 +60,7 @@ MOE_DEVICE uint4 sum_slots(const u16* rows, u32 hidden, u32 used) {
 }
 
 // One item: columns [begin, begin + combine_columns) of a token, 256 at a time through two shared buffers of the warp.
+template <u32 kLoads>
 MOE_DEVICE void combine_item(const Launch& l, u8 (&buffers)[2][512], u32 token, u32 begin, u32 used) {
     const u32 lane = lane_id(), hidden = l.p.hidden, end = min_u32(begin + l.p.combine_columns, hidden);
 #pragma unroll 1
@@ -66,7 +68,8 @@ MOE_DEVICE void combine_item(const Launch& l, u8 (&buffers)[2][512], u32 token, 
         const u32 columns = min_u32(kCombineStep, hidden - column);
         u8* buffer = buffers[column / kCombineStep % 2];
         uint4 y = make_uint4(0, 0, 0, 0);
-        if (lane * 8 < columns) y = sum_slots(l.combine_y(l.me.ep_rank, token, 0) + column + lane * 8, hidden, used);
+        if (lane * 8 < columns)
+            y = sum_slots<kLoads>(l.combine_y(l.me.ep_rank, token, 0) + column + lane * 8, hidden, used);
         if (lane == 0) ptx::bulk_wait_read<1>();  // the buffer of two steps ago
         __syncwarp();
         if (lane * 8 < columns) ptx::st_shared_v4(ptx::shared_address(buffer) + lane * 16, y);
@@ -102,26 +105,30 @@ MOE_DEVICE void combine_ready_items(const Launch& l, SharedStorage<C>& s, u8 (&b
         if (lane_id() == 0) mine = atomicAnd(&s.watch_pending[window], ~(1u << owner)) >> owner & 1;
         if (!__shfl_sync(~0u, mine, 0)) continue;
         const u32 item = window_item(l, s.watch_first[window], owner);
-        combine_item(l, buffers, item / l.p.combine_chunks, item % l.p.combine_chunks * l.p.combine_columns,
-                     __shfl_sync(~0u, slots & 0xFFFF, owner));
+        combine_item<C::kCombineLoads>(l, buffers, item / l.p.combine_chunks,
+                                       item % l.p.combine_chunks * l.p.combine_columns,
+                                       __shfl_sync(~0u, slots & 0xFFFF, owner));
     }
 }
+
+MOE_DEVICE u32 my_window() { return warp_id() - kExchangeWarp; }
 
 // The launch is lost, or nothing that this warp watches has become complete for two step deadlines (its partners may
 // wait one for rows themselves). Not counted before the plan is done: until then the plan warps may wait for a late
 // rank, and name it.
 template <class C>
-MOE_DEVICE bool is_over(const Launch& l, SharedStorage<C>& s, u32& idle_since, u32 item, u32 slots) {
+MOE_DEVICE bool is_over(const Launch& l, SharedStorage<C>& s, u32 item, u32 slots) {
     bool lost = is_lost(l);
-    if (!ptx::ld_relaxed_cta_shared(&s.plan_done)) idle_since = now_us();
-    if (slots >> 16 && now_us() - idle_since > 2 * l.p.step_deadline_ns / 1000) {
+    if constexpr (C::kWeightsOnM) {  // else permute_rows has waited for it
+        if (!ptx::ld_relaxed_cta_shared(&s.plan_done) && lane_id() == 0) s.watch_idle_since[my_window()] = now_us();
+        __syncwarp();
+    }
+    if (slots >> 16 && now_us() - s.watch_idle_since[my_window()] > 2 * l.p.step_deadline_ns / 1000) {
         give_up(l, kCode_timeout, {kRole_exchange, kStep_combine, item / l.p.combine_chunks}, 0, l.epoch);
         lost = true;
     }
     return __any_sync(~0u, lost);
 }
-
-MOE_DEVICE u32 my_window() { return warp_id() - kExchangeWarp; }
 
 template <class C>
 MOE_DEVICE u32 next_window(const Launch& l, const SharedStorage<C>& s, u32 warp) {
@@ -132,29 +139,31 @@ MOE_DEVICE u32 next_window(const Launch& l, const SharedStorage<C>& s, u32 warp)
 template <class C>
 MOE_DEVICE void combine(const Launch& l, SharedStorage<C>& s) {
     const u32 lane = lane_id();
-    if (lane == 0) s.watch_first[my_window()] = first_item(l);
+    if (lane == 0) s.watch_first[my_window()] = first_item(l), s.watch_polls[my_window()] = 0;
     __syncwarp();
 #pragma unroll 1
     while (true) {
         const u32 item = window_item(l, s.watch_first[my_window()], lane);
-        u32 slots = watch(l, item), idle_since = now_us();
+        u32 slots = watch(l, item);
         const u32 pending = __ballot_sync(~0u, item < num_items(l));
         if (lane == 0) {
             s.watch_pending[my_window()] = pending;
+            s.watch_idle_since[my_window()] = now_us();
             if (next_window(l, s, my_window()) >= num_items(l))
                 ptx::st_release_cta_shared(&s.watch_open[my_window()], 1);
         }
         __syncwarp();
 #pragma unroll 1
-        for (u32 polls = 1;; ++polls) {
+        while (true) {
             slots = drop_arrived(l, item / l.p.combine_chunks, slots);
+            if (lane_id() == 0) ++s.watch_polls[my_window()];
             __syncwarp();
             const u32 left = __shfl_sync(~0u, ptx::ld_relaxed_cta_shared(&s.watch_pending[my_window()]), 0);
             if (left == 0) break;
             const u32 ready = __ballot_sync(~0u, slots >> 16 == 0) & left;
-            if (ready) idle_since = now_us();
+            if (ready && lane_id() == 0) s.watch_idle_since[my_window()] = now_us();
             combine_ready_items(l, s, s.y_slice[my_window()], my_window(), ready, slots);
-            if (polls % 64 == 0 && is_over(l, s, idle_since, item, slots)) {
+            if (__shfl_sync(~0u, s.watch_polls[my_window()], 0) % 64 == 0 && is_over(l, s, item, slots)) {
                 if (lane == 0) {
                     s.watch_pending[my_window()] = 0;
                     ptx::st_release_cta_shared(&s.watch_open[my_window()], 1);

@@ -19,8 +19,9 @@ MOE_DEVICE u32 num_tickets(const Launch& l, const SharedStorage<C>& s) {
     }
 }
 
+// Into a tile slot, in shared memory: the weights role has no registers for a copy.
 template <class C>
-MOE_DEVICE TileSlot tile_of_ticket(const Launch& l, const SharedStorage<C>& s, u32 ticket) {
+MOE_DEVICE void tile_of_ticket(const Launch& l, const SharedStorage<C>& s, u32 ticket, TileSlot& t) {
     TileOrder order{s.num_m_blocks, l.n_blocks1(), l.n_blocks2(), l.p.order_group, l.p.order_lag};
     const u16* offsets = s.block_offset;
     bool single = false;
@@ -47,13 +48,12 @@ MOE_DEVICE TileSlot tile_of_ticket(const Launch& l, const SharedStorage<C>& s, u
             n_block = min_u32(n_block, last);
         }
     }
-    TileSlot t;
     t.kind = tile.is_linear2 ? kTile_linear2 : kTile_linear1;
     t.expert = expert, t.m_block = m_block, t.n_block = n_block;
-    t.row_begin = s.row_offset[expert] + (m_block - s.block_offset[expert]) * C::kBlockTokens;
-    t.row_count = idle ? 0 : min_u32(C::kBlockTokens, s.row_offset[expert + 1] - t.row_begin);
+    const u32 row_begin = s.row_offset[expert] + (m_block - s.block_offset[expert]) * C::kBlockTokens;
+    t.row_begin = row_begin;
+    t.row_count = idle ? 0 : min_u32(C::kBlockTokens, s.row_offset[expert + 1] - row_begin);
     t.shares_weights = C::kCluster > 1 && !single;
-    return t;
 }
 
 }  // namespace moe

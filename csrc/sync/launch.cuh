@@ -86,6 +86,10 @@ struct Launch {
     MOE_DEVICE u32* h_ready(u32 m_block) const {
         return local<u32>(p.off_h_ready) + u64(m_block) * (p.intermediate / kKBlock);
     }
+    MOE_DEVICE u32* x_image_ready(u32 row) const { return local<u32>(p.off_x_image_ready) + row; }
+    MOE_DEVICE u8* x_image(u32 m_block, u32 k_block, u32 image_bytes) const {
+        return local<u8>(p.off_x_image) + (u64(m_block) * (p.hidden / kKBlock) + k_block) * image_bytes;
+    }
     MOE_DEVICE u32* block_done(u32 m_block) const { return local<u32>(p.off_block_done) + m_block; }
     MOE_DEVICE u8* h_image(u32 m_block, u32 k_block, u32 image_bytes) const {
         return local<u8>(p.off_h) + (u64(m_block) * (p.intermediate / kKBlock) + k_block) * image_bytes;

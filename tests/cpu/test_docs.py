@@ -11,9 +11,8 @@ import torch
 import megamoe.__main__ as cli
 from megamoe import layout
 from megamoe.config import EPConfig, MoEConfig
-from megamoe.engine_fused import choose_block_tokens
 from megamoe.exchange import LocalExchange
-from megamoe.layout import COMBINE_STEP, EXCHANGE_WARPS
+from megamoe.plan.tiles import choose_block_tokens, combine_columns
 from megamoe.steps import ExpertWeights, RankInput, moe_layer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +91,8 @@ def test_architecture_follows_a_real_token_through_the_kernel():
     n1, n2 = config.intermediate // 128, config.hidden // 256
     k1, k2 = config.hidden // 128, config.intermediate // 128
     block_of_3, head = 3, local * n1  # every expert has one token block; linear1 of all comes first
-    columns = -(-tokens * config.hidden // (ctas * EXCHANGE_WARPS) // COMBINE_STEP) * COMBINE_STEP
+    warps = ctas * (layout.EXCHANGE_WARPS + layout.MATH_WARPS)
+    columns = combine_columns(config.hidden, tokens, warps)
     assert place["recv_x"] == (2, 64, 4096) and place["combine_y"] == (64, 6, 4096)
     for said in (
         f"the engine takes tiles of {block}", f"experts {', '.join(map(str, experts))}",
@@ -104,7 +104,7 @@ def test_architecture_follows_a_real_token_through_the_kernel():
         f"= {k1} stages", f"32 x (128 + 4) = {block * (layout.K_BLOCK + 4)} bytes",
         f"Tickets {head + block_of_3 * n2} to {head + block_of_3 * n2 + n2 - 1}: 4096 / 256 = {n2} tiles",
         f"= {k2} stages. Each sends 512", f"{config.hidden * 2} = {5 * 6 * config.hidden * 2};",
-        f"{ctas * EXCHANGE_WARPS} exchange warps a token is {config.hidden // columns} items of {columns} columns",
+        f"With {warps} warps to share it, a token is {config.hidden // columns} items of {columns} columns",
     ):  # fmt: skip
         assert said in text, said
     assert rows[0] - first[0] == 8 == rows[1] - first[1]  # "its ninth"

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from megamoe import EPConfig, MoEConfig, layout, plan_memory
+from megamoe.plan import tiles
 from megamoe.testing.cases import CONFIGS
 
 FLASH64 = CONFIGS["flash64"]
@@ -28,7 +29,8 @@ def test_regions_do_not_overlap_and_are_aligned(configs, ep_config, ep_size):
         end = 0
         for region in sorted((r for r in placed if r.where == where), key=lambda r: r.offset):
             assert region.offset >= end and region.offset % layout.REGION_ALIGN == 0, region
-            assert region.bytes > 0 or region.name == "staging"  # empty without num_staged_experts
+            # Empty without num_staged_experts; for the 128-token tile only
+            assert region.bytes > 0 or region.name in ("staging", "x_image", "x_image_ready")
             end = region.offset + region.bytes
         assert end <= total < end + layout.REGION_ALIGN
     assert len({region.name for region in placed}) == len(placed)
@@ -55,6 +57,9 @@ def test_every_layer_fits_into_the_shared_regions(configs, ep_config, ep_size):
             assert have["h_ready"] >= blocks * k_blocks * 4
             assert have["block_done"] >= blocks * 4
             assert have["h"] >= blocks * k_blocks * block * (128 + 4)
+        if tiles.choose_block_tokens(c, ep_size, tokens) > tiles.MAX_WEIGHTS_ON_M:
+            assert have["x_image"] >= blocks * block * c.hidden // 128 * (128 + 4)
+            assert have["x_image_ready"] >= blocks * block * 4
     assert have["head_ready"] >= 2 * ep_size * math.ceil(tokens / layout.HEAD_SLICE_TOKENS) * 4
     assert have["x_ready"] >= ep_size * tokens * 4 and have["combine_ready"] >= tokens * 16 * 4
 

@@ -7,7 +7,7 @@ from megamoe import variants
 
 TEXT = """
 == no gather
-gemm/load_tokens.cuh
+gemm/gather_tokens.cuh
 --- for (u32 i = 0; i < kSteps; ++i) {
 +++ for (u32 i = 0; i < 0; ++i) {
 
@@ -26,15 +26,15 @@ def test_a_file_of_variants_is_read():
     assert list(parsed) == ["base", "no gather", "two changes"]
     assert parsed["base"] == [] and len(parsed["two changes"]) == 2
     assert parsed["no gather"] == [
-        ("gemm/load_tokens.cuh", "for (u32 i = 0; i < kSteps; ++i) {", "for (u32 i = 0; i < 0; ++i) {")
+        ("gemm/gather_tokens.cuh", "for (u32 i = 0; i < kSteps; ++i) {", "for (u32 i = 0; i < 0; ++i) {")
     ]
 
 
 def test_a_replacement_changes_only_its_text():
     sources = variants.changed_sources(variants.parse_variants(TEXT)["no gather"])
     base = variants.changed_sources([])
-    assert "i < 0; ++i" in sources["gemm/load_tokens.cuh"]
-    assert [file for file in base if base[file] != sources[file]] == ["gemm/load_tokens.cuh"]
+    assert "i < 0; ++i" in sources["gemm/gather_tokens.cuh"]
+    assert [file for file in base if base[file] != sources[file]] == ["gemm/gather_tokens.cuh"]
 
 
 def test_a_text_that_is_not_there_is_named():

@@ -7,8 +7,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from megamoe import EPConfig, MoELayer, Workspace, engine_fused
+from megamoe import EPConfig, MoELayer, Workspace
 from megamoe.builds import kernel_build
+from megamoe.plan import tiles
 from megamoe.quant.fp8 import Quantized
 from megamoe.testing.data import Case
 from megamoe_cuda.compile import compile_kernel
@@ -27,15 +28,14 @@ class Stages(NamedTuple):
 
 @contextlib.contextmanager
 def _only_kernel(workspace: Workspace, block_tokens: int):
-    """Every call takes the tile of `block_tokens`, in a build that writes linear1's sums."""
+    """A build that writes linear1's sums takes the place of every kernel."""
     build = kernel_build(block_tokens)
     compiled = compile_kernel(build.source, build.entry, build.defines | {"DUMP_LINEAR1": 1})
     kernel = LoadedKernel(compiled.cubin, build.entry, read_symbol_u32(compiled.cubin, "mega_moe_shared_bytes"))
     fused = workspace.fused
     before, fused.kernels = fused.kernels, {block_tokens: kernel}
     try:
-        with mock.patch.object(engine_fused, "choose_block_tokens", lambda *_: block_tokens):
-            yield
+        yield
         torch.cuda.synchronize()
     finally:
         fused.kernels = before
@@ -70,7 +70,12 @@ def run(case: Case, num_rows: list[list[int]], block_tokens: int) -> Stages:
     """One call with tiles of `block_tokens`. num_rows: of every rank's experts, as steps.dispatch has them."""
     config, capacity = case.config, max(1, *(i.x.shape[0] for i in case.inputs))
     ep_config = EPConfig(capacity, case.ep_size, arrive_deadline_s=5.0, step_deadline_s=5.0)
-    with Workspace(config, ep_config, device="cuda") as workspace, MoELayer(config, workspace) as layer:
+    # Before the workspace is made: what it holds depends on its largest tile.
+    with (
+        mock.patch.object(tiles, "choose_block_tokens", lambda *_: block_tokens),
+        Workspace(config, ep_config, device="cuda") as workspace,
+        MoELayer(config, workspace) as layer,
+    ):
         oracle.load(layer, case)
         places, dumps = [], []
         for rank, counts in enumerate(num_rows):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megamoe import EPConfig, MoEConfig, MoELayer, Workspace
-from megamoe.engine_fused import choose_block_tokens
 from megamoe.layout import BLOCK_TOKENS
+from megamoe.plan.tiles import choose_block_tokens
 from megamoe.testing.data import make_case
 from tests.gpu import oracle
 

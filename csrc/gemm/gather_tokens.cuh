@@ -1,9 +1,10 @@
-// The tokens role (two warps): brings the token side of each stage. linear1 gathers rows by 16-byte copies straight
-// from recv_x into the swizzled tile; linear2 copies a ready-made h image. It also tells math and store the tile's row
-// names.
+// The tokens role (two warps) with weights on M: brings the token side of each stage. linear1 gathers rows by 16-byte
+// copies straight from recv_x into the swizzled tile: few rows, and no hop between arrival and use. linear2 copies a
+// ready-made h image. It also tells math and store the tile's row names.
 #pragma once
 #include "config.cuh"
 #include "debug/trace.cuh"
+#include "gemm/h_readiness.cuh"
 #include "ptx/copy.cuh"
 #include "roles.cuh"
 #include "sched/order.cuh"
@@ -13,7 +14,7 @@
 namespace moe {
 
 template <class C>
-struct TokenLoader {
+struct TokenGatherer {
     static constexpr u32 kRows = C::kBlockTokens / kTokensWarps;  // rows of a tile that one warp brings
     static constexpr u32 kSteps = kRows / 4;                      // a warp copies 4 rows x 128 bytes at once
 
@@ -69,7 +70,7 @@ struct TokenLoader {
         if (lane_id() == 0) s.healthy = 0;
         for (u32 i = 0; i < count; ++i, stage.advance()) {
             wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());
-            if (lane_id() == 0) ptx::mbarrier_arrive(&s.tokens_full[stage.slot()], kTokensArrivals);
+            if (lane_id() == 0) ptx::mbarrier_arrive(&s.tokens_full[stage.slot()], kGatherArrivals);
         }
     }
 
@@ -132,31 +133,20 @@ struct TokenLoader {
     MOE_DEVICE void load_linear2(const TileSlot& t) {
         const u32 half = my_half(), lane = lane_id();
         const u32 k_blocks = l.p.intermediate / kKBlock;
-        const u32* ready = l.h_ready(t.m_block);
-        u32 ready_end = 0;  // k blocks known to be written
+        HReadiness h{l.h_ready(t.m_block)};
         for (u32 k = 0; k < k_blocks; ++k, stage.advance()) {
-            if (half == 0 && k >= ready_end) {  // the needed block first, then as many of the next 31 as are there
-                const bool there = k + lane < k_blocks && ptx::ld_acquire_gpu(ready + k + lane) == l.epoch;
-                const u32 missing = ~__ballot_sync(~0u, there);
-                ready_end = k + (missing ? __ffs(missing) - 1 : 32);
-                if (k == ready_end) {
-                    const bool ok = s.healthy && wait_acquire_gpu(l, ready + k, 2 * l.p.step_deadline_ns,
-                                                                  story(kStep_swiglu, t.m_block));
-                    if (!__all_sync(~0u, ok)) return pass_stages(k_blocks - k);
-                    ready_end = k + 1;
-                }
-                ptx::fence_proxy_async_global();  // acquired by generic loads, read by the copy engine below
-            }
+            if (half == 0 && !h.wait(l, s.healthy, k, k_blocks, story(kStep_swiglu, t.m_block)))
+                return pass_stages(k_blocks - k);
             wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());
             __syncwarp();  // all lanes' acquires above, before lane 0 reads what they announced
             if (lane == 0) {
                 u64* full = &s.tokens_full[stage.slot()];
                 auto& to = s.stages[stage.slot()];
                 if (half == 1) {
-                    ptx::mbarrier_arrive(full, kTokensArrivals);
+                    ptx::mbarrier_arrive(full, kGatherArrivals);
                 } else {
                     const u8* image = l.h_image(t.m_block, k, C::kHImageBytes);
-                    ptx::mbarrier_arrive(full, kTokensArrivals - 1);
+                    ptx::mbarrier_arrive(full, kGatherArrivals - 1);
                     ptx::mbarrier_arrive_expect_tx(full, C::kHImageBytes);
                     ptx::bulk_load(to.tokens, image, C::kTokensBytes, full);
                     ptx::bulk_load(to.tokens_sf, image + C::kTokensBytes, C::kBlockTokens * 4, full);
@@ -170,8 +160,8 @@ struct TokenLoader {
 
 // Two warps.
 template <class C>
-MOE_DEVICE void load_tokens(const Launch& l, SharedStorage<C>& s) {
-    TokenLoader<C> loader{l, s, is_small_table(s, l.p.ep_size) ? s.small_list : l.row_list(), {}};
+MOE_DEVICE void gather_tokens(const Launch& l, SharedStorage<C>& s) {
+    TokenGatherer<C> loader{l, s, is_small_table(s, l.p.ep_size) ? s.small_list : l.row_list(), {}};
     loader.prepare(0);
     for (u32 next = 0;;) {  // the number is read back from the slot: a register less across the K loop
         wait_mbarrier(&s.tile_full[next % kTileSlots], next / kTileSlots & 1);
