@@ -70,13 +70,19 @@ def row_flop(hidden, intermediate):
 
 
 def read_measured(paths):
-    """Rows (dicts) of benchmarks/results/*.jsonl that are correct calls of megamoe in FP8 without a plan."""
+    """Rows (dicts) of benchmarks/results/*.jsonl that are correct calls of megamoe, FP8 in: the newest of each cell."""
     rows = []
     for path in paths:
         with open(path, encoding="utf-8") as file:
             rows += [json.loads(line) for line in file if line.strip()]
-    return [row for row in rows if row.get("impl") == "megamoe" and row.get("ok") and row.get("us")
-            and row.get("weight_format", "fp8") == "fp8" and row.get("bytes_weights")]
+    rows = [row for row in rows if row.get("impl") == "megamoe" and row.get("ok") and row.get("us")
+            and row.get("weight_format", "fp8") == "fp8" and row.get("input", "prequantized") == "prequantized"
+            and row.get("bytes_weights")]
+    cell = ("case", "num_tokens", "ep_size", "virtual_ranks", "routing", "protocol", "input", "device")
+    newest = {}
+    for row in sorted(rows, key=lambda row: row.get("date", "")):
+        newest[tuple(str(row.get(name)) for name in cell)] = row
+    return list(newest.values())
 
 
 def fit_measured(rows):

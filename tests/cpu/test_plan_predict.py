@@ -31,6 +31,14 @@ def test_fit_to_the_shipped_results_is_near_them():
     assert 1 < model.weight_tbs < 3.4 and 300 < model.tflops < 1979  # what an H100 has
 
 
+def test_of_a_cell_measured_twice_the_newest_counts(tmp_path):
+    row = {"impl": "megamoe", "ok": True, "bytes_weights": 1, "flops": 1, "case": "a", "num_tokens": 8}
+    lines = [row | {"us": 5, "date": "2026-11-22"}, row | {"us": 9, "date": "2026-11-21"},
+             row | {"us": 7, "num_tokens": 1}, row | {"us": 1, "impl": "other"}]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert sorted(one["us"] for one in read_measured([tmp_path / "a.jsonl"])) == [5, 7]
+
+
 def test_expected_active_counts_copies_that_get_a_row():
     rows = np.array([[[1000.0, 0.0], [1e-9, 1.0]]])
     active = expected_active(rows, 1e6)
