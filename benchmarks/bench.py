@@ -20,23 +20,14 @@ What is timed and how: benchmarks/timing.py. The cases: benchmarks/cases.toml. T
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":  # a script's own folder must not shadow packages of the same names
-    sys.path[:] = [str(ROOT)] + [
-        entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, ROOT / "benchmarks")
-    ]
-    if importlib.util.find_spec("megamoe_cuda") is None:  # a checkout that was never installed
-        _spec = importlib.util.spec_from_file_location("link", ROOT / "launch" / "link.py")
-        _link = importlib.util.module_from_spec(_spec)
-        _spec.loader.exec_module(_link)
-        sys.path.insert(0, str(_link.link_packages()))
+if __name__ == "__main__":
+    import checkout  # noqa: F401 (makes this checkout's packages importable; it lies beside this file)
 # Multicast objects are not used here; the libraries would otherwise make some by themselves
 for _name in ("NCCL_NVLS_ENABLE=0", "TORCH_SYMM_MEM_DISABLE_MULTICAST=1", "NVSHMEM_DISABLE_NVLS=1"):
     os.environ.setdefault(*_name.split("="))

@@ -16,6 +16,7 @@ An implementation has
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.baselines.unfused import Unfused, available
 from benchmarks.inputs import RankTokens, make_weights, to_bf16
@@ -26,7 +27,7 @@ from megamoe import MoEConfig, MoELayer, Workspace
 @dataclass(frozen=True)
 class Setup:
     """Where this process stands. ranks_here: the ep ranks it plays; num_units: GPUs (or, on CPU, processes) that share
-    the work."""
+    the work; group: the process group of the ep ranks, None = all; ranks_per_domain, domain_tokens: as in EPConfig."""
 
     device: torch.device
     ep_size: int
@@ -36,6 +37,9 @@ class Setup:
     num_units: int
     meet: Meet
     seed: int
+    group: dist.ProcessGroup | None = None
+    ranks_per_domain: int | None = None
+    domain_tokens: int | None = None
 
     @property
     def is_first(self) -> bool:
@@ -59,7 +63,7 @@ class MegaMoE:
             make_weights(case, setup.experts_of(case, rank), setup.seed, setup.device) for rank in setup.ranks_here
         ]
         columns = [self._per_rank(list(column)) for column in zip(*weights, strict=True)]
-        linear1, linear1_sf, linear2, linear2_sf = columns
+        linear1, linear1_sf, linear2, linear2_sf = columns[:4]
         self._layer.load_weights(linear1, linear2, linear1_sf, linear2_sf)
 
     def _per_rank(self, values: list):

@@ -6,15 +6,18 @@ factors are sized so that outputs are of order 0.1 to 1: large enough to compare
 Values differ between device types (each has its own generator), never between ranks or runs on one type.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megamoe.quant.fp8 import BLOCK, E4M3, E4M3_MAX, dequantize_blocks, quantize_rows
+from megamoe.route.groups import kept_experts, members_of_groups
 from megamoe.steps import ExpertWeights, RankInput
 
 ROUTINGS = ("uniform", "zipf", "hot")
+LIMITED = re.compile(r"([1-9]\d*)of([1-9]\d*)")
 ZIPF_EXPONENT = 1.2
 WEIGHT_SPREAD = 50.0
 _EXPERT, _HIDDEN, _SCORES, _POPULARITY, _SUBSET = range(5)
@@ -75,7 +78,7 @@ def make_weights(case, experts, seed: int, device) -> ExpertWeights:
         torch.empty(num, hidden // BLOCK, inter // BLOCK, device=device),
     )
     for slot, expert in enumerate(experts):
-        fill_expert(case, expert, seed, *(tensor[slot] for tensor in weights))
+        fill_expert(case, expert, seed, *(tensor[slot] for tensor in weights[:4]))
     return weights
 
 
@@ -94,11 +97,15 @@ def to_bf16(weights: ExpertWeights) -> ExpertWeights:
 
 
 def make_tokens(case, ep_rank: int, num_tokens: int, routing: str, routing_idx: int, seed: int, device) -> RankTokens:
-    """One rank's tokens. routing: 'uniform'; 'zipf' (expert popularity 1 / place ** 1.2, places shuffled once for all
-    ranks, top-k without replacement); 'hot' (every token chooses expert 0, the rest uniform). routing_idx: which of the
-    routings a measurement cycles through."""
-    if routing not in ROUTINGS:
-        raise ValueError(f"routing={routing!r} must be one of {', '.join(ROUTINGS)}")
+    """One rank's tokens.
+
+    routing: 'uniform'; 'zipf' (expert popularity 1 / place ** 1.2, places shuffled once for all ranks, top-k without
+    replacement); 'hot' (every token chooses expert 0, the rest uniform); 'MofD' (uniform within the token's M best of D
+    equal runs of experts, as node-limited routing chooses). routing_idx: which of the routings a measurement cycles
+    through."""
+    limited = LIMITED.fullmatch(routing)
+    if routing not in ROUTINGS and not limited:
+        raise ValueError(f"routing={routing!r} must be one of {', '.join(ROUTINGS)}, or such as 2of4")
     gen = generator(device, seed, _HIDDEN, ep_rank, routing_idx)
     hidden_states = torch.randn(num_tokens, case.hidden, generator=gen, device=device).to(torch.bfloat16)
     gen = generator(device, seed, _SCORES, ep_rank, routing_idx)
@@ -108,6 +115,10 @@ def make_tokens(case, ep_rank: int, num_tokens: int, routing: str, routing_idx: 
         # the k largest of log p + Gumbel noise are k draws without replacement with probabilities p
         noise = torch.rand(scores.shape, generator=gen, device=device).clamp_(1e-12, 1 - 1e-7)
         choice = -ZIPF_EXPONENT * torch.log(places + 1.0) - torch.log(-torch.log(noise))
+    elif limited:
+        kept, runs = map(int, limited.groups())
+        members = members_of_groups(case.num_experts, runs, scores.device)
+        choice = scores.masked_fill(~kept_experts(scores, members, kept, -(-case.topk // kept)), float("-inf"))
     elif routing == "hot":
         choice = scores.clone()
         choice[:, 0] = float("inf")

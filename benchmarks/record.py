@@ -77,6 +77,29 @@ class Row:
     date: str
 
 
+@dataclass(kw_only=True)
+class ScalingRow(Row):
+    """One point of scaling.py: results/scaling/*.jsonl. num_tokens is that of each rank, num_experts that of this size.
+
+    mode: "strong" or "weak". base_tokens: what --tokens said. base_experts: the model's experts at the largest size;
+    experts: "held" or "scaled". num_units: GPUs, or processes on CPU, that share the work. ranks_per_domain: equal to
+    ep_size in one domain, and with several roofline_us is None: what lies between them has no known rate.
+    series_per_domain: what --ranks-per-domain said. domain_tokens: as in EPConfig. max_domains: of a token's experts,
+    None = any. copies_between: mean copies of a token in domains other than its own, from the routing.
+    """
+
+    mode: str
+    base_tokens: int
+    base_experts: int
+    experts: str
+    num_units: int
+    ranks_per_domain: int
+    series_per_domain: int | None
+    domain_tokens: int | None
+    max_domains: int | None
+    copies_between: float
+
+
 def machine(device: torch.device, num_gpus: int, commit: str | None) -> dict:
     """The fields of a Row that describe where and from what it was measured."""
     commit, dirty = commit_of(commit)

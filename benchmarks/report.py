@@ -5,7 +5,8 @@
     python benchmarks/report.py --check         change nothing; exit 1 if the README is stale
     python benchmarks/report.py --print         the tables to stdout
 
-The markers are lines of their own: <!-- results:begin --> and <!-- results:end -->.
+The markers are lines of their own: <!-- results:begin --> and <!-- results:end -->. Where <!-- scaling:begin --> and
+<!-- scaling:end --> are there too, scaling.py's tables (results/scaling/*.jsonl) go between them, with a plot.
 A cell is the median over the runs of the newest commit that measured it; three or more runs also give a spread.
 """
 
@@ -18,10 +19,12 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":  # a script's own folder must not shadow packages of the same names
     sys.path[:] = [str(ROOT)] + [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "benchmarks"]
 
+from benchmarks import scaling_report  # noqa: E402
 from benchmarks.cases import load_cases  # noqa: E402
 from benchmarks.results import RESULTS_DIR, read_results  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+SCALING = "<!-- scaling:begin -->", "<!-- scaling:end -->"
 # as in timing.py, which needs torch; a test compares the two
 GRAPH_MAX_TOKENS = 512
 EMPTY = (
@@ -207,11 +210,22 @@ def _plain(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def splice(text: str, block: str) -> str:
+def splice(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     """text with what stands between the markers replaced. ValueError if they are not there exactly once, in order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"needs one line {BEGIN} and after it one line {END}")
-    return text[: text.index(BEGIN) + len(BEGIN)] + "\n" + block + "\n" + text[text.index(END) :]
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"needs one line {begin} and after it one line {end}")
+    return text[: text.index(begin) + len(begin)] + "\n" + block + "\n" + text[text.index(end) :]
+
+
+def render_scaling(directory: Path, readme: Path, draw: bool) -> str:
+    """The Markdown of results/scaling, with the plot that lies there; draw: make it anew."""
+    rows, picture = read_results(directory), directory / "scaling.png"
+    if draw and rows:
+        print(scaling_report.plot(rows, picture))
+    block = scaling_report.markdown(rows).rstrip()
+    if rows and picture.is_file():
+        block += f"\n\n![scaling]({picture.resolve().relative_to(readme.resolve().parent)})"
+    return block
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -233,6 +247,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         before = args.readme.read_text()
         after = splice(before, block)
+        if SCALING[0] in before:
+            after = splice(after, render_scaling(args.results / "scaling", args.readme, not args.check), *SCALING)
     except (OSError, ValueError) as error:
         print(f"report.py: {args.readme.name}: {error}", file=sys.stderr)
         return 2

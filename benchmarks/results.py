@@ -1,10 +1,12 @@
-"""results/*.jsonl: one measurement a line (record.Row), appended by bench.py, read by report.py. Needs no torch."""
+"""results/*.jsonl: one measurement a line (record.Row), appended by bench.py, read by report.py; results/scaling/ the
+same of scaling.py (record.ScalingRow). Needs no torch."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 RESULTS_DIR = Path(__file__).with_name("results")
+SCALING_DIR = RESULTS_DIR / "scaling"
 
 
 def as_json(row) -> dict:

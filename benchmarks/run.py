@@ -101,7 +101,10 @@ def run_cases(setup: Setup, plan: Plan, facts: dict, table, outcome: Outcome) ->
         else [(max(plan.tokens) if plan.capacity == "max" else int(plan.capacity), plan.tokens)]
     )
     for capacity, tokens in groups:
-        ep_config = EPConfig(max(capacity, 1), virtual_ranks=setup.virtual_ranks, num_sms=plan.num_sms)
+        ep_config = EPConfig(
+            max(capacity, 1), virtual_ranks=setup.virtual_ranks, num_sms=plan.num_sms,
+            ranks_per_domain=setup.ranks_per_domain, domain_tokens=setup.domain_tokens,
+        )  # fmt: skip
         cases = []
         for case in plan.cases:
             report = support(config_of(case), ep_config, setup.device, ep_size=setup.ep_size)
@@ -112,7 +115,7 @@ def run_cases(setup: Setup, plan: Plan, facts: dict, table, outcome: Outcome) ->
         if not cases:
             continue
         # closed on success only: closing is collective, and after an exception the peers may be gone
-        workspace = Workspace([config_of(case) for case in cases], ep_config, device=setup.device)
+        workspace = Workspace([config_of(case) for case in cases], ep_config, group=setup.group, device=setup.device)
         symmetric = plan_memory(
             [config_of(case) for case in cases], ep_config, setup.ep_size, device=setup.device
         ).symmetric_bytes
@@ -140,7 +143,7 @@ def _run_case(setup, plan, facts, table, outcome, case, token_counts, workspace,
             for impl in list(implementations):
                 for kind in [kind for kind in plan.inputs if kind in impl.inputs] or impl.inputs[:1]:
                     try:
-                        row = _run_one(setup, plan, facts, cell, impl, kind, symmetric)
+                        row = run_one(setup, plan, facts, cell, impl, kind, symmetric)
                     except Exception as error:
                         if isinstance(impl, MegaMoE):
                             raise
@@ -174,7 +177,7 @@ def make_cell(setup: Setup, plan: Plan, case: Case, routing: str, num_tokens: in
     return Cell(case, routing, num_tokens, tokens_per_rank, capacity, protocol, tokens, rows, mean_work(works), {})
 
 
-def _run_one(setup: Setup, plan: Plan, facts: dict, cell: Cell, impl, kind: str, symmetric: int | None) -> Row:
+def run_one(setup: Setup, plan: Plan, facts: dict, cell: Cell, impl, kind: str, symmetric: int | None) -> Row:
     case = cell.case
     outs = [
         [torch.empty(len(t.x), case.hidden, dtype=torch.bfloat16, device=setup.device) for t in tokens]

@@ -109,7 +109,7 @@ def measure(protocol: str, calls: list[Call], poison: Call, meet: Meet) -> Timin
 
 def _graph(calls: list[Call], poison: Call, meet: Meet) -> list[float]:
     stream = torch.cuda.Stream(meet.device)
-    stream.wait_stream(torch.cuda.current_stream(meet.device))
+    torch.cuda.synchronize(meet.device)  # a workspace refuses a second stream while the first may run
     with torch.cuda.stream(stream):
         for call in calls * 2:
             call()

@@ -7,5 +7,6 @@ compile.py    CUDA C++ text -> cubin (NVRTC), kept in cache.py's private disk ca
 launch.py     cubin -> launches, one by-value parameter struct each
 device.py     what the GPU is, and which GPUs reach each other
 symmetric.py  one arena per rank, and every rank's address of it; nvshmem.py is the NVSHMEM session under it
+gather.py     one value of every rank to every rank, within a deadline
 errors.py     failed driver and NVRTC calls -> exceptions with call, code and remedy
 """

@@ -104,6 +104,17 @@ class LoadedKernel:
                 )
         return PreparedLaunch(self, grid, block, cluster, cooperative)
 
+    def write_symbol(self, name: str, data: bytes) -> None:
+        """Into an extern "C" __device__ variable of this cubin, before the launches that read it. ValueError for
+        another length than its own."""
+        cuda = driver()
+        address, nbytes = check(
+            cuda.cuLibraryGetGlobal(self._library, name.encode()), f"cuLibraryGetGlobal({name})"
+        )
+        if nbytes != len(data):
+            raise ValueError(f"data has {len(data)} bytes, {name} has {nbytes}")
+        check(cuda.cuMemcpyHtoD(address, data, nbytes), f"cuMemcpyHtoD({name})")
+
     def max_resident_blocks(self, block, cluster: int = 1) -> int:
         """Blocks of `block` threads that the whole GPU holds at once, were nothing else running."""
         cuda, block = driver(), _three(block, "block")

@@ -5,7 +5,8 @@ references to peers wrongly for the own rank, and its finalize frees what others
 the kernel gets peer addresses as numbers and holds no NVSHMEM device code.
 
 Collective throughout: every rank of the group makes the same calls in the same order. A stage that failed anywhere is
-known everywhere before anybody goes on (`agree`), so the healthy ranks raise too instead of hanging.
+known everywhere before anybody goes on (`agree`), so the healthy ranks raise too instead of hanging. NVSHMEM's own
+collective calls have no deadline: the ranks meet in front of each (`gather`), which a missing one does not pass.
 """
 
 import ctypes
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import MissingLibraryError
+from .gather import agree, gather
 
 INIT_ATTEMPTS = 3  # bootstrap sockets of jobs that share a host collide now and then
 _INITIALIZED = 2  # nvshmemx_init_status; below it, 3.4.5's finalize ends the whole process with status 255
@@ -29,8 +31,9 @@ _members: tuple[int, ...] | None = None  # NVSHMEM keeps the first init's ranks 
 class Session:
     """NVSHMEM as initialised; `rank` and `num_ranks` are its PEs, equal to the group's ranks."""
 
-    def __init__(self, library, group, rank: int, num_ranks: int, owned: bool):
+    def __init__(self, library, group, rank: int, num_ranks: int, owned: bool, deadline_s: float):
         self.library, self.group, self.rank, self.num_ranks = library, group, rank, num_ranks
+        self.deadline_s = deadline_s
         self.owned = owned  # False: another library of this process had initialised it, and will finalize it
         self.users = 0
 
@@ -38,6 +41,7 @@ class Session:
         """Collective; the same size everywhere. Address on the symmetric heap, not zeroed; RuntimeError on all ranks
         when it failed on one."""
         address, problem = 0, None
+        gather(self.group, "nvshmem_malloc", None, self.deadline_s)  # which itself waits for all, and for ever
         try:
             address = self.library.malloc(num_bytes)
         except Exception as error:
@@ -50,6 +54,8 @@ class Session:
             "allocating symmetric memory failed",
             "free device memory or lower the capacity; where NVSHMEM runs without CUDA VMM, set "
             "NVSHMEM_SYMMETRIC_SIZE to the sum of all workspaces before the first",
+            step="nvshmem_malloc done",
+            deadline_s=self.deadline_s,
         )
         return address
 
@@ -73,12 +79,13 @@ class Session:
                 self.library.hostlib_finalize()
 
 
-def acquire(group, num_bytes: int, memory_bytes: int) -> Session:
+def acquire(group, num_bytes: int, memory_bytes: int, deadline_s: float) -> Session:
     """Collective over `group`: joins the process's session, or initialises NVSHMEM with the group's ranks as PEs.
 
     The device must be current and in use before. num_bytes: the first arena's size; memory_bytes: the GPU's; both only
-    size NVSHMEM's own reservations. ValueError when the session was made by other ranks; RuntimeError, on all ranks,
-    when a rank failed; MissingLibraryError naming the packages.
+    size NVSHMEM's own reservations. deadline_s: seconds that any rank may be late. ValueError when the session was made
+    by other ranks; RuntimeError, on all ranks, when a rank failed or has another version; MissingLibraryError naming
+    the packages; AbsentRankError.
     """
     global _session, _members
     members = tuple(dist.get_process_group_ranks(group))
@@ -89,13 +96,20 @@ def acquire(group, num_bytes: int, memory_bytes: int) -> Session:
                 f"{list(_members)}, and it keeps its ranks for life: use one group for all workspaces"
             )
         if _session is None:
-            library, problem = None, None
+            library, problem, version = None, None, ""
             try:
                 library = load_library()
+                version = version_of(library)
             except MissingLibraryError as error:
                 problem = str(error)
-            agree(group, problem, "NVSHMEM is missing", "install the same packages for every rank", MissingLibraryError)
-            _session = _initialize(library, group, num_bytes, memory_bytes)
+            same = "install the same packages for every rank"
+            what = "NVSHMEM is missing"
+            agree(group, problem, what, same, MissingLibraryError, step="NVSHMEM", deadline_s=deadline_s)
+            versions = gather(group, "NVSHMEM version", version, deadline_s)
+            if len(set(versions)) > 1:
+                found = ", ".join(f"rank {rank} has {its}" for rank, its in enumerate(versions))
+                raise RuntimeError(f"NVSHMEM's version differs between the ranks: {found}\n  remedy: {same}")
+            _session = _initialize(library, group, num_bytes, memory_bytes, deadline_s)
             _members = members
         _session.users += 1
         return _session
@@ -120,6 +134,13 @@ def load_library():
     return library
 
 
+def version_of(library) -> str:
+    """Of the host library, e.g. "3.4.5"."""
+    numbers = [ctypes.c_int() for _ in range(3)]
+    library.vendor_get_version_info(*map(ctypes.addressof, numbers))
+    return ".".join(str(number.value) for number in numbers)
+
+
 def environment(num_bytes: int, memory_bytes: int) -> dict[str, str]:
     """What NVSHMEM reads at its first init, as far as the defaults do not suit; variables that are set stay.
 
@@ -140,21 +161,10 @@ def environment(num_bytes: int, memory_bytes: int) -> dict[str, str]:
     }
 
 
-def agree(group, problem: str | None, what: str, remedy: str, kind: type[Exception] = RuntimeError) -> None:
-    """Collective: `kind` on every rank when any rank brought a problem, naming those ranks."""
-    problems: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(problems, problem, group=group)
-    lines = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text is not None]
-    if lines:
-        raise kind(f"{what}: " + "; ".join(lines) + f"\n  remedy: {remedy}")
-
-
-def _initialize(library, group, num_bytes: int, memory_bytes: int) -> Session:
+def _initialize(library, group, num_bytes: int, memory_bytes: int, deadline_s: float) -> Session:
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
     present = library.init_status() >= _INITIALIZED
-    everywhere: list[bool | None] = [None] * num_ranks
-    dist.all_gather_object(everywhere, present, group=group)
-    if any(everywhere):
+    if any(gather(group, "NVSHMEM status", present, deadline_s)):
         mine = (library.my_pe(), library.n_pes()) if present else None
         problem = (
             None
@@ -170,19 +180,23 @@ def _initialize(library, group, num_bytes: int, memory_bytes: int) -> Session:
             problem,
             "another library initialised NVSHMEM with other ranks",
             "make the workspace before it, or give both the same group",
+            step="NVSHMEM ranks",
+            deadline_s=deadline_s,
         )
-        return Session(library, group, rank, num_ranks, owned=False)
+        return Session(library, group, rank, num_ranks, False, deadline_s)
 
     for name, value in environment(num_bytes, memory_bytes).items():
         os.environ.setdefault(name, value)
     for attempt in range(1, INIT_ATTEMPTS + 1):
-        problem = _try_init(library, group, rank, num_ranks)
+        problem = _try_init(library, group, rank, num_ranks, deadline_s)
         try:
             agree(
                 group,
                 problem,
                 f"NVSHMEM did not initialise in {attempt} attempts",
                 "NVSHMEM_DEBUG=INFO tells more; NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME picks the network interface",
+                step="NVSHMEM init",
+                deadline_s=deadline_s,
             )
             break
         except RuntimeError:
@@ -191,23 +205,23 @@ def _initialize(library, group, num_bytes: int, memory_bytes: int) -> Session:
                 library.hostlib_finalize()
             if attempt == INIT_ATTEMPTS:
                 raise
-    return Session(library, group, rank, num_ranks, owned=True)
+    return Session(library, group, rank, num_ranks, True, deadline_s)
 
 
-def _try_init(library, group, rank: int, num_ranks: int) -> str | None:
+def _try_init(library, group, rank: int, num_ranks: int, deadline_s: float) -> str | None:
     """One init with a new unique id, 128 bytes made by rank 0. What went wrong here, or None."""
-    uid, box, problem = library.uniqueid(), [None], None
+    uid, made, problem = library.uniqueid(), None, None
     size = uid._data.nbytes
     if rank == 0:
         try:
             library.get_uniqueid(uid.ptr)
-            box = [ctypes.string_at(uid.ptr, size)]
+            made = ctypes.string_at(uid.ptr, size).hex()
         except Exception as error:
             problem = f"nvshmemx_get_uniqueid raised {error}"
-    dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0) if group is not None else 0, group=group)
-    if box[0] is None:
+    made = gather(group, "NVSHMEM id", made, deadline_s)[0]
+    if made is None:
         return problem  # rank 0 reports for all
-    ctypes.memmove(uid.ptr, box[0], size)
+    ctypes.memmove(uid.ptr, bytes.fromhex(made), size)
     try:
         attributes = library.InitAttr()
         library.set_attr_uniqueid_args(rank, num_ranks, uid.ptr, attributes.ptr)

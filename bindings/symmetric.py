@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from . import nvshmem as session
 from .errors import check, driver
+from .gather import DEADLINE_S, AbsentRankError, agree, gather
 
 ALIGN = 1024  # of every arena's base, bytes
 
@@ -98,11 +99,14 @@ class NvshmemMemory(SymmetricMemory):
     """This rank's arena on NVSHMEM's symmetric heap and the mapped addresses of the peers'. Collective over `group`
     (default: torch.distributed's), one process a GPU.
 
+    deadline_s: seconds that a rank may be late at any step of making, resetting and closing; AbsentRankError past it.
     Errors come up on all ranks: ValueError for sizes that differ or ranks that share a GPU, RuntimeError naming the
     pairs without a load/store path or the rank where NVSHMEM failed, MissingLibraryError naming the packages.
     """
 
-    def __init__(self, nbytes: int, group=None, device: torch.device | str | int = "cuda"):
+    def __init__(
+        self, nbytes: int, group=None, device: torch.device | str | int = "cuda", deadline_s: float = DEADLINE_S
+    ):
         if not dist.is_initialized():
             raise ValueError(
                 "group: NvshmemMemory needs torch.distributed: call init_process_group, or use "
@@ -112,13 +116,15 @@ class NvshmemMemory(SymmetricMemory):
         group = group or dist.group.WORLD
         rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
         super().__init__(nbytes, range(rank, rank + 1), device)
-        self.group = group
+        self.group, self.deadline_s = group, deadline_s
         session.first_touch(device)
-        _check_peers_differ(group, nbytes, device)
+        _check_peers_differ(group, nbytes, device, deadline_s)
         free_before, memory_bytes = torch.cuda.mem_get_info(device)
-        self._session = session.acquire(group, nbytes + ALIGN, memory_bytes)
+        self._session = session.acquire(group, nbytes + ALIGN, memory_bytes, deadline_s)
         try:
             self._allocated = self._session.malloc(nbytes + ALIGN)
+        except AbsentRankError:
+            raise  # releasing is collective as well
         except Exception:
             self._session.release()
             raise
@@ -129,13 +135,16 @@ class NvshmemMemory(SymmetricMemory):
         try:
             self._check_reachable()
             self._check_marks(rank)
+        except AbsentRankError:
+            self.abandon()  # a rank is gone: nothing collective works any more
+            raise
         except Exception:  # the same on all ranks, so what is collective still works
             self._free()
             raise
 
     def barrier(self) -> None:
         _synchronize(self.device)
-        _host_barrier(self.group, self.device)
+        gather(self.group, "arena", None, self.deadline_s)
 
     def close(self) -> None:
         if self.closed:
@@ -150,12 +159,14 @@ class NvshmemMemory(SymmetricMemory):
 
     def _check_reachable(self) -> None:
         unreachable = [peer for peer, address in enumerate(self.base_ptrs) if not address]
-        session.agree(
+        agree(
             self.group,
             f"no load/store path to rank {_listed(unreachable)}" if unreachable else None,
             "ranks cannot reach each other's memory (nvshmem_ptr is null)",
             "the GPUs need NVLink or PCIe peer access within one host: see nvidia-smi topo -p2p rw, and leave "
             "NVSHMEM_DISABLE_P2P unset",
+            step="peer addresses",
+            deadline_s=self.deadline_s,
         )
 
     def _check_marks(self, rank: int) -> None:
@@ -180,12 +191,14 @@ class NvshmemMemory(SymmetricMemory):
                 problem = f"reads other bytes than rank {_listed(wrong)} wrote" if wrong else None
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
-        session.agree(
+        agree(
             self.group,
             problem,
             "the symmetric memory does not work",
             "if an earlier workspace of this process was abandoned after an error, restart all ranks; else run "
             "the doctor on this machine",
+            step="marks",
+            deadline_s=self.deadline_s,
         )
         self.local[0][:size] = 0
         self.barrier()
@@ -228,17 +241,17 @@ def _cuda_device(device: torch.device | str | int) -> torch.device:
     return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
-def _check_peers_differ(group, nbytes: int, device: torch.device) -> None:
-    everyone: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, (nbytes, _device_identity(device)), group=group)
-    sizes = [size for size, _ in everyone]
+def _check_peers_differ(group, nbytes: int, device: torch.device, deadline_s: float) -> None:
+    everyone = gather(group, "arena size", (nbytes, *_device_identity(device)), deadline_s)
+    sizes = [size for size, *_ in everyone]
     if len(set(sizes)) > 1:
         raise ValueError(
             "nbytes differs between the ranks: "
             + ", ".join(f"rank {rank} asks {size}" for rank, size in enumerate(sizes))
         )
     owners: dict = {}
-    for rank, (_, identity) in enumerate(everyone):
+    for rank, (_, *identity) in enumerate(everyone):
+        identity = tuple(identity)
         if identity in owners:
             raise ValueError(
                 f"device: ranks {owners[identity]} and {rank} share GPU {identity[1]} of {identity[0]}; "
@@ -254,11 +267,6 @@ def _device_identity(device: torch.device) -> tuple[str, str]:
 
 def _synchronize(device: torch.device) -> None:
     torch.cuda.synchronize(device)
-
-
-def _host_barrier(group, device: torch.device) -> None:
-    # NCCL guesses the device unless told, and gloo refuses to be told.
-    dist.barrier(group, **({"device_ids": [device.index]} if dist.get_backend(group) == "nccl" else {}))
 
 
 class _CudaArray:

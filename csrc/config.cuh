@@ -95,7 +95,7 @@ struct SharedState {
 #ifdef TRACE
     u32 trace_count[kNumTraceRoles];
 #endif
-    u32 plan_done, num_m_blocks, num_tickets, healthy, partner_failed, is_last_cta, aborted;
+    u32 plan_done, num_m_blocks, num_tickets, only_pairs, pair_ratio, healthy, partner_failed, is_last_cta, aborted;
     u32 small_list[C::kSmallTable ? C::kSmallTable : 1];
 };
 

@@ -90,7 +90,10 @@ extern "C" __global__ void MOE_CLUSTER __launch_bounds__(kNumThreads, 1)
         if (warp_id() == kExchangeWarp) trace(l, s, kTrace_exchange, kEvent_combined, 0);
     } else {
         if (warp == 0) trace(l, s, kTrace_plan, kEvent_start, 0);
-        if (!plan_rows(l, s, thread)) s.healthy = 0;
+        bool planned = wait_heads(l, s, thread);
+        if (thread == 0) prefetch_first_tile<Kernel>(l);
+        planned = planned && plan_rows(l, s, thread);
+        if (!planned) s.healthy = 0;
         if (warp == 0) trace(l, s, kTrace_plan, kEvent_list, 0);
         agree_in_cluster(l, s, thread);
         if (thread == 0) ptx::st_release_cta_shared(&s.plan_done, 1);  // the exchange warps' deadline runs from here

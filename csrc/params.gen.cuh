@@ -24,6 +24,7 @@ constexpr u32 kImageCopyBytes = 32784;
 constexpr u32 kTraceRecords = 2048;
 constexpr u32 kNumTraceRoles = 7;
 constexpr u32 kImagePitchBytes = 32896;
+constexpr u32 kNumRegions = 23;
 
 enum Role : u32 {
     kRole_none,
@@ -51,6 +52,7 @@ enum Code : u32 {
     kCode_timeout,
     kCode_expert_out_of_range,
     kCode_aborted_by_peer,
+    kCode_out_of_bounds,
 };
 
 enum Trace : u32 {
@@ -83,6 +85,41 @@ enum Choice : u32 {
     kChoice_static,
     kChoice_balanced,
     kChoice_min_active,
+};
+
+enum Fault : u32 {
+    kFault_routing,
+    kFault_count,
+    kFault_head,
+    kFault_rows,
+    kFault_h,
+    kFault_combine,
+};
+
+enum Region : u32 {
+    kRegion_abort,
+    kRegion_head_ready,
+    kRegion_head_num_tokens,
+    kRegion_x_ready,
+    kRegion_combine_ready,
+    kRegion_head_idx,
+    kRegion_head_weights,
+    kRegion_recv_x,
+    kRegion_recv_x_sf,
+    kRegion_combine_y,
+    kRegion_staging,
+    kRegion_control,
+    kRegion_record,
+    kRegion_range_ready,
+    kRegion_list_ready,
+    kRegion_h_ready,
+    kRegion_block_done,
+    kRegion_range_count,
+    kRegion_chosen,
+    kRegion_row_list,
+    kRegion_x_image_ready,
+    kRegion_x_image,
+    kRegion_h,
 };
 
 struct RankParams {
@@ -150,6 +187,7 @@ struct KernelParams {
     u64 recv_x_pitch;
     u64 recv_x_sf_pitch;
     u64 head_pitch;
+    u64 prefetch_stages;
     u64 arrive_deadline_ns;
     u64 step_deadline_ns;
     u32 ep_size;
@@ -197,25 +235,26 @@ static_assert(MOE_OFFSETOF(KernelParams, off_h) == 1392);
 static_assert(MOE_OFFSETOF(KernelParams, recv_x_pitch) == 1400);
 static_assert(MOE_OFFSETOF(KernelParams, recv_x_sf_pitch) == 1408);
 static_assert(MOE_OFFSETOF(KernelParams, head_pitch) == 1416);
-static_assert(MOE_OFFSETOF(KernelParams, arrive_deadline_ns) == 1424);
-static_assert(MOE_OFFSETOF(KernelParams, step_deadline_ns) == 1432);
-static_assert(MOE_OFFSETOF(KernelParams, ep_size) == 1440);
-static_assert(MOE_OFFSETOF(KernelParams, ctas_per_rank) == 1444);
-static_assert(MOE_OFFSETOF(KernelParams, hidden) == 1448);
-static_assert(MOE_OFFSETOF(KernelParams, intermediate) == 1452);
-static_assert(MOE_OFFSETOF(KernelParams, num_local_experts) == 1456);
-static_assert(MOE_OFFSETOF(KernelParams, topk) == 1460);
-static_assert(MOE_OFFSETOF(KernelParams, capacity) == 1464);
-static_assert(MOE_OFFSETOF(KernelParams, slices) == 1468);
-static_assert(MOE_OFFSETOF(KernelParams, order_group) == 1472);
-static_assert(MOE_OFFSETOF(KernelParams, order_lag) == 1476);
-static_assert(MOE_OFFSETOF(KernelParams, combine_columns) == 1480);
-static_assert(MOE_OFFSETOF(KernelParams, combine_chunks) == 1484);
-static_assert(MOE_OFFSETOF(KernelParams, x_is_fp8) == 1488);
-static_assert(MOE_OFFSETOF(KernelParams, idx_is_int64) == 1492);
-static_assert(MOE_OFFSETOF(KernelParams, weights_are_bf16) == 1496);
-static_assert(MOE_OFFSETOF(KernelParams, swiglu_limit) == 1500);
-static_assert(sizeof(KernelParams) == 1504);
+static_assert(MOE_OFFSETOF(KernelParams, prefetch_stages) == 1424);
+static_assert(MOE_OFFSETOF(KernelParams, arrive_deadline_ns) == 1432);
+static_assert(MOE_OFFSETOF(KernelParams, step_deadline_ns) == 1440);
+static_assert(MOE_OFFSETOF(KernelParams, ep_size) == 1448);
+static_assert(MOE_OFFSETOF(KernelParams, ctas_per_rank) == 1452);
+static_assert(MOE_OFFSETOF(KernelParams, hidden) == 1456);
+static_assert(MOE_OFFSETOF(KernelParams, intermediate) == 1460);
+static_assert(MOE_OFFSETOF(KernelParams, num_local_experts) == 1464);
+static_assert(MOE_OFFSETOF(KernelParams, topk) == 1468);
+static_assert(MOE_OFFSETOF(KernelParams, capacity) == 1472);
+static_assert(MOE_OFFSETOF(KernelParams, slices) == 1476);
+static_assert(MOE_OFFSETOF(KernelParams, order_group) == 1480);
+static_assert(MOE_OFFSETOF(KernelParams, order_lag) == 1484);
+static_assert(MOE_OFFSETOF(KernelParams, combine_columns) == 1488);
+static_assert(MOE_OFFSETOF(KernelParams, combine_chunks) == 1492);
+static_assert(MOE_OFFSETOF(KernelParams, x_is_fp8) == 1496);
+static_assert(MOE_OFFSETOF(KernelParams, idx_is_int64) == 1500);
+static_assert(MOE_OFFSETOF(KernelParams, weights_are_bf16) == 1504);
+static_assert(MOE_OFFSETOF(KernelParams, swiglu_limit) == 1508);
+static_assert(sizeof(KernelParams) == 1512);
 
 struct KernelStatus {
     u32 code;

@@ -15,6 +15,8 @@ options=(-n "$ranks" --oversubscribe)
 # mpirun refuses root unless told; containers run as root.
 ((EUID == 0)) && options+=(--allow-run-as-root)
 forward=(PATH PYTHONPATH NCCL_NVLS_ENABLE NVSHMEM_DISABLE_NVLS TORCH_SYMM_MEM_DISABLE_MULTICAST)
+# Which network interfaces hosts find each other by.
+forward+=(GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME NCCL_IB_HCA NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME)
 for name in "${forward[@]}" MEGAMOE_CACHE_DIR MEGAMOE_DEBUG; do
     [[ -n ${!name:-} ]] && options+=(-x "$name")
 done

@@ -10,6 +10,17 @@ VERBS = {
     "compile": ("megamoe.verbs", "compile_main", "compile every kernel configuration; needs no GPU [--json]"),
     "layout": ("megamoe.verbs", "layout_main", "what lies where in a rank's memory, for given sizes [--json]"),
     "trace": ("megamoe.trace", "main", "one call's times per CTA and role, for Perfetto; needs a GPU [--json]"),
+    "verify": (
+        "megamoe.verbs",
+        "verify_main",
+        "a model's layers against exact and unquantized ones: --model DIR [--json]",
+    ),
+    "reference": ("megamoe.reference", "main", "every public function, from its docstring, as Markdown [NAME ...]"),
+    "convert": (
+        "megamoe.convert",
+        "main",
+        "a checkpoint's experts in another number format: SRC DST --format fp8|bf16",
+    ),
     "plan": ("megamoe.plan.cli", "main", "where experts go, for a recorded or generated load [--json]"),
     "record": ("megamoe.record", "main", "a model's expert load, step by step, as npz for plan"),
 }

@@ -4,6 +4,10 @@ all of it."""
 from typing import NamedTuple
 
 from megamoe.layout import BLOCK_TOKENS
+from megamoe_cuda.compile import debug_level
+
+DEBUG_SPILL_BYTES = 320
+"""What a debug build may spill, stores and loads together; a shipped build nothing."""
 
 
 class KernelBuild(NamedTuple):
@@ -16,8 +20,12 @@ class KernelBuild(NamedTuple):
 
 
 def kernel_build(block_tokens: int) -> KernelBuild:
-    """The fused kernel for tiles of `block_tokens` rows, one of layout.BLOCK_TOKENS."""
-    return KernelBuild(f"mega_moe, {block_tokens} tokens", "mega_moe.cu", "mega_moe", {"BLOCK_TOKENS": block_tokens})
+    """The fused kernel for tiles of `block_tokens` rows, one of layout.BLOCK_TOKENS; with MEGAMOE_DEBUG set, its debug
+    build."""
+    name, defines = f"mega_moe, {block_tokens} tokens", {"BLOCK_TOKENS": block_tokens}
+    if debug_level():
+        name, defines = f"{name}, debug", defines | {"DEBUG_CHECKS": 1}
+    return KernelBuild(name, "mega_moe.cu", "mega_moe", defines)
 
 
 def kernel_builds() -> tuple[KernelBuild, ...]:

@@ -1,24 +1,23 @@
 """Expert weights out of a Hugging Face checkpoint: this rank's experts only, one tensor at a time, safetensors only.
 
 A checkpoint is a `.safetensors` file, or a directory with `model.safetensors`, or one with shards and their
-`model.safetensors.index.json`. Two layouts of the experts are read, under the names Qwen3-MoE uses
-(`model.layers.{layer}.mlp.experts.{expert}.{gate,up,down}_proj.weight`):
-
-    plain      bf16, fp16 or fp32; gate and up [intermediate, hidden], down [hidden, intermediate]
-    block-FP8  the same tensors in e4m3 and, for each, `weight_scale_inv` (fp32 or bf16, one per 128x128 block) which
-               multiplies. This is the convention of DeepSeek-V3's published weights, which Qwen3's FP8 releases follow.
+`model.safetensors.index.json`. `megamoe/checkpoint_layouts.py` lists the layouts of experts that are read: plain (bf16,
+fp16, fp32) and block-FP8 tensors of Qwen3-MoE, DeepSeek-V3 and Mixtral, and gpt-oss's stacked ones.
 
 Pickle files (`*.bin`, `*.pt`) are never opened: reading one can run code.
 """
 
+import importlib.util
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
+from megamoe.checkpoint_layouts import SF_DTYPES, Layout, Part, blocks_of, find_layout
 from megamoe.config import BLOCK, MoEConfig
 from megamoe.quant.fp8 import dequantize_blocks, quantize_blocks
 from megamoe.steps import ExpertWeights
@@ -26,9 +25,8 @@ from megamoe.steps import ExpertWeights
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 EXPERTS_PREFIX = "model.layers.{layer}.mlp.experts"
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 MAX_HEADER_BYTES = 100_000_000
-QUANTIZE_ROWS = 256
+QUANTIZE_ROWS = 128
 """Rows converted at a time: the fp32 copies of a conversion stay small beside one expert."""
 
 DTYPES = {
@@ -36,8 +34,6 @@ DTYPES = {
     "F64": torch.float64, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
     "BOOL": torch.bool,
 }  # fmt: skip
-PLAIN_DTYPES = ("BF16", "F16", "F32")
-SF_DTYPES = ("F32", "BF16")
 
 
 class CheckpointError(ValueError):
@@ -95,6 +91,19 @@ class Checkpoint:
             with file.open("rb", buffering=0) as handle:
                 for name in sorted(wanted, key=lambda name: header[name].begin):
                     yield name, _read_tensor(handle, name, header[name])
+
+    def read_row(self, name: str, row: int | None) -> torch.Tensor:
+        """One index of a tensor's first dimension, without reading the others; row None: the whole tensor."""
+        info = self._header(self._files[name])[name]
+        if row is not None:
+            size = (info.end - info.begin) // info.shape[0]
+            info = TensorInfo(info.dtype, info.shape[1:], info.begin + row * size, info.begin + (row + 1) * size)
+        with self._files[name].open("rb", buffering=0) as handle:
+            return _read_tensor(handle, name, info)
+
+    def place_of(self, name: str) -> tuple[str, int]:
+        """(file, first byte): reading in this order goes through each file once."""
+        return str(self._files[name]), self._header(self._files[name])[name].begin
 
     def _find_files(self) -> dict[str, Path]:
         if self.path.is_file():
@@ -170,58 +179,73 @@ def _read_tensor(handle, name: str, info: TensorInfo) -> torch.Tensor:
     return data.view(DTYPES[info.dtype]).view(info.shape)
 
 
-def is_block_fp8(checkpoint: Checkpoint, prefix: str) -> bool:
-    """Whether the experts under `prefix` come in e4m3 with `weight_scale_inv`."""
-    return any(name.startswith(prefix + ".") and name.endswith(".weight_scale_inv") for name in checkpoint.names)
-
-
-def find_problems(checkpoint: Checkpoint, prefix: str, expert_range: range, config: MoEConfig) -> list[str]:
+def find_problems(
+    checkpoint: Checkpoint, prefix: str, expert_range: range, config: MoEConfig, sizes: tuple[int, int] | None = None
+) -> list[str]:
     """Everything that keeps `load_experts` from serving these experts: one line each, empty if nothing does.
 
     Names are compared for all `config.num_experts` experts of the layer (the index has them all), shapes and dtypes for
-    `expert_range` alone, so that a rank opens only the shards it loads from.
+    `expert_range` alone, so that a rank opens only the shards it loads from. sizes: as load_experts takes them.
     """
-    fp8 = is_block_fp8(checkpoint, prefix)
-    layer = [_expected(prefix, expert, config, fp8) for expert in range(config.num_experts)]
-    expected = {tensor.name: tensor for expert in layer for tensor in expert}
-    local = {tensor.name for expert in expert_range for tensor in layer[expert]}
-    present = {name for name in checkpoint.names if name.startswith(prefix + ".")}
+    layout, sizes = find_layout(checkpoint.names, prefix), sizes or (config.hidden, config.intermediate)
+    if layout.kind == "blocks":
+        return mxfp4_reader().find_problems(checkpoint, prefix, expert_range, config, sizes)
+    expected = _expected(layout, config, sizes, range(config.num_experts))
+    local = _expected(layout, config, sizes, expert_range).keys()
+    present = {name for name in checkpoint.names if name.startswith(layout.prefix + ".")}
     problems = [f"missing: {name}" for name in expected if name not in present]
     problems += [f"extra: {name}" for name in sorted(present - expected.keys())]
-    for name in expected:
+    for name, (shape, dtypes) in expected.items():
         if name not in local or name not in present:
             continue
-        found, want = checkpoint.describe(name), expected[name]
+        found = checkpoint.describe(name)
         if found is None:
             problems.append(
                 f"missing: {name} (the index says {checkpoint.file_of(name)}, which is not there or lacks it)"
             )
             continue
-        if found.shape != want.shape:
-            problems.append(f"misshapen: {name} is {list(found.shape)}, the configuration needs {list(want.shape)}")
-        if found.dtype not in want.dtypes:
-            problems.append(f"dtype: {name} is {found.dtype}, the layout needs {' or '.join(want.dtypes)}")
+        if found.shape != shape:
+            problems.append(f"misshapen: {name} is {list(found.shape)}, the configuration needs {list(shape)}")
+        if found.dtype not in dtypes:
+            problems.append(f"dtype: {name} is {found.dtype}, the layout needs {' or '.join(dtypes)}")
     return problems
 
 
-@dataclass(frozen=True)
-class _Expected:
-    name: str
-    shape: tuple[int, int]
-    dtypes: tuple[str, ...]
+def mxfp4_reader():
+    """The module that reads MXFP4 blocks: `find_problems(checkpoint, prefix, expert_range, config, sizes)` and
+    `load_experts(checkpoint, prefix, expert_range, config=, sizes=, dtype=, device=, progress=)`, both as here.
+
+    ValueError while megamoe/checkpoint_mxfp4.py is not there.
+    """
+    if importlib.util.find_spec("megamoe.checkpoint_mxfp4") is None:
+        raise ValueError(
+            "the checkpoint's experts are MXFP4 blocks, which this version does not read; convert it to bf16"
+        )
+    return importlib.import_module("megamoe.checkpoint_mxfp4")
 
 
-def _expected(prefix: str, expert: int, config: MoEConfig, fp8: bool) -> list[_Expected]:
-    tensors = []
-    for projection in PROJECTIONS:
-        name = f"{prefix}.{expert}.{projection}.weight"
-        rows, columns = config.intermediate, config.hidden
-        if projection == "down_proj":
-            rows, columns = columns, rows
-        tensors.append(_Expected(name, (rows, columns), ("F8_E4M3",) if fp8 else PLAIN_DTYPES))
-        if fp8:
-            tensors.append(_Expected(f"{name}_scale_inv", (rows // BLOCK, columns // BLOCK), SF_DTYPES))
-    return tensors
+def _expected(layout: Layout, config: MoEConfig, sizes: tuple[int, int], experts: range) -> dict[str, tuple]:
+    """name -> (shape, dtypes) in the files."""
+    found = {}
+    for part in layout.parts(config, sizes, experts):
+        found[part.name] = part.shape, part.dtypes
+        if part.sf_name is not None:
+            found[part.sf_name] = tuple(map(blocks_of, part.shape)), SF_DTYPES
+    return found
+
+
+def expert_bytes(
+    checkpoint: Checkpoint, prefix: str, expert_range: range, config: MoEConfig, sizes: tuple[int, int]
+) -> int:
+    """Bytes that load_experts reports to its progress for these experts; 0 for MXFP4 blocks, whose reader counts."""
+    layout = find_layout(checkpoint.names, prefix)
+    if layout.kind == "blocks":
+        return 0
+    total = 0
+    for part in layout.parts(config, sizes, expert_range):
+        info = checkpoint.describe(part.name)
+        total += (info.end - info.begin) // (1 if part.row is None else info.shape[0])
+    return total
 
 
 def load_experts(
@@ -230,9 +254,11 @@ def load_experts(
     expert_range: range,
     *,
     config: MoEConfig,
+    sizes: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     prefix: str | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> ExpertWeights:
     """This rank's experts of one layer, as `MoELayer.load_weights` and `steps` take them.
 
@@ -242,70 +268,95 @@ def load_experts(
     config        hidden, intermediate and num_experts to hold the tensors against, weight_format to return:
                   "fp8": block-FP8 is copied as it is, plain weights are quantized by 128x128 block;
                   "bf16": `dtype` tensors; plain weights are cast, block-FP8 is dequantized.
+    sizes         hidden and intermediate in the files, where config has them rounded up to 128: padded with zeros
+    progress      called with the bytes of every tensor read
 
     Returns linear1 [n, 2 * intermediate, hidden] (gate rows, then up), linear2 [n, hidden, intermediate], n experts of
-    expert_range, and for "fp8" their fp32 scale factors per 128x128 block.
+    expert_range; for "fp8" their fp32 scale factors per 128x128 block, with config.bias the fp32 biases.
     Raises CheckpointError, a ValueError, that lists every missing, extra or misshapen tensor.
     Memory: the result, and at most one expert on the way.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
-    prefix = prefix or EXPERTS_PREFIX.format(layer=layer)
+    prefix, sizes = prefix or EXPERTS_PREFIX.format(layer=layer), sizes or (config.hidden, config.intermediate)
     first, stop = expert_range.start, expert_range.stop
     if expert_range.step != 1 or not 0 <= first < stop <= config.num_experts:
         raise ValueError(f"expert_range={expert_range} must be a non-empty part of range({config.num_experts}), step 1")
-    problems = find_problems(checkpoint, prefix, expert_range, config)
+    problems = find_problems(checkpoint, prefix, expert_range, config, sizes)
     if problems:
         raise CheckpointError(checkpoint.path, problems)
-    weights = _allocate(config, len(expert_range), dtype, device)
-    rows_fp8 = is_block_fp8(checkpoint, prefix)
-    places = {
-        f"{prefix}.{expert}.{projection}.weight": _place(weights, config, slot, projection)
-        for slot, expert in enumerate(expert_range)
-        for projection in PROJECTIONS
-    }
-    scales = {}
-    if rows_fp8:
-        scales = {name: sf.float() for name, sf in checkpoint.read(f"{name}_scale_inv" for name in places)}
-    for name, tensor in checkpoint.read(places):
-        _copy_in(*places[name], tensor.to(device), scales.pop(f"{name}_scale_inv", None))
+    layout = find_layout(checkpoint.names, prefix)
+    if layout.kind == "blocks":
+        return mxfp4_reader().load_experts(
+            checkpoint, prefix, expert_range, config=config, sizes=sizes, dtype=dtype, device=device, progress=progress
+        )
+    weights = _allocate(config, sizes, len(expert_range), dtype, device)
+    parts = layout.parts(config, sizes, expert_range)
+    sf_names = [part.sf_name for part in parts if part.sf_name is not None]
+    scales = {name: sf.float() for name, sf in checkpoint.read(sf_names)}
+    for part in sorted(parts, key=lambda part: (*checkpoint.place_of(part.name), part.expert)):
+        tensor = checkpoint.read_row(part.name, part.row)
+        if progress is not None:
+            progress(tensor.nbytes)
+        tensor = tensor.to(device)
+        sf = scales.pop(part.sf_name, None)
+        _fill(weights, config, part, part.expert - first, tensor.t() if part.swap else tensor, sf)
     return weights
 
 
-def _allocate(config: MoEConfig, num_experts: int, dtype: torch.dtype, device) -> ExpertWeights:
+def _allocate(config: MoEConfig, sizes: tuple[int, int], num_experts: int, dtype: torch.dtype, device) -> ExpertWeights:
     fp8 = config.weight_format == "fp8"
+    # A tensor that is filled whole need not be cleared first
+    make = torch.empty if sizes == (config.hidden, config.intermediate) else torch.zeros
 
-    def empty(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        value = torch.empty(num_experts, rows, columns, dtype=torch.float8_e4m3fn if fp8 else dtype, device=device)
+    def matrices(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        value = make(num_experts, rows, columns, dtype=torch.float8_e4m3fn if fp8 else dtype, device=device)
         if not fp8:
             return value, None
-        return value, torch.empty(num_experts, rows // BLOCK, columns // BLOCK, dtype=torch.float32, device=device)
+        return value, make(num_experts, rows // BLOCK, columns // BLOCK, dtype=torch.float32, device=device)
 
-    linear1, linear1_sf = empty(2 * config.intermediate, config.hidden)
-    linear2, linear2_sf = empty(config.hidden, config.intermediate)
-    return ExpertWeights(linear1=linear1, linear1_sf=linear1_sf, linear2=linear2, linear2_sf=linear2_sf)
+    linear1, linear1_sf = matrices(2 * config.intermediate, config.hidden)
+    linear2, linear2_sf = matrices(config.hidden, config.intermediate)
+    biases = (None, None)
+    if config.bias:
+        biases = (torch.zeros(num_experts, n, device=device) for n in (2 * config.intermediate, config.hidden))
+    return ExpertWeights(linear1, linear1_sf, linear2, linear2_sf, *biases)
 
 
-def _place(weights: ExpertWeights, config: MoEConfig, slot: int, projection: str):
-    """Views of the values and scale factors (or None) that one checkpoint tensor fills."""
-    if projection == "down_proj":
-        return weights.linear2[slot], None if weights.linear2_sf is None else weights.linear2_sf[slot]
-    half = 0 if projection == "gate_proj" else 1
-    value = weights.linear1[slot].unflatten(0, (2, config.intermediate))[half]
-    if weights.linear1_sf is None:
-        return value, None
-    # Exact halves: intermediate is a multiple of 128, so no block straddles gate and up.
-    return value, weights.linear1_sf[slot].unflatten(0, (2, config.intermediate // BLOCK))[half]
+def _fill(weights: ExpertWeights, config: MoEConfig, part: Part, slot: int, tensor: torch.Tensor, sf) -> None:
+    """Copy one tensor, [outputs, inputs] or a bias [outputs], to its place in `weights`, quantized if need be."""
+    if part.fills == "linear2_bias":
+        weights.linear2_bias[slot, : len(tensor)] = tensor
+    elif part.fills == "linear1_bias":
+        gate_up = weights.linear1_bias[slot].unflatten(0, (2, config.intermediate))
+        gate_up[:, : len(tensor) // 2] = tensor.view(-1, 2).t()
+    elif part.fills == "down":
+        _copy_in(weights.linear2[slot], None if weights.linear2_sf is None else weights.linear2_sf[slot], tensor, sf)
+    else:
+        halves = {"gate": ((0, tensor),), "up": ((1, tensor),), "gate_up": ((0, tensor[0::2]), (1, tensor[1::2]))}
+        for half, rows in halves[part.fills]:
+            value = weights.linear1[slot].unflatten(0, (2, config.intermediate))[half]
+            # Exact halves: intermediate is a multiple of 128, so no block straddles gate and up
+            value_sf = weights.linear1_sf
+            if value_sf is not None:
+                value_sf = value_sf[slot].unflatten(0, (2, config.intermediate // BLOCK))[half]
+            _copy_in(value, value_sf, rows, sf)
 
 
 def _copy_in(value: torch.Tensor, value_sf: torch.Tensor | None, tensor: torch.Tensor, sf: torch.Tensor | None) -> None:
+    num_rows, num_columns = tensor.shape
     if value_sf is None and sf is None:
-        value.copy_(tensor)
+        value[:num_rows, :num_columns].copy_(tensor)
         return
-    for row in range(0, tensor.shape[0], QUANTIZE_ROWS):
-        rows, blocks = slice(row, row + QUANTIZE_ROWS), slice(row // BLOCK, (row + QUANTIZE_ROWS) // BLOCK)
+    for row in range(0, num_rows, QUANTIZE_ROWS):
+        chunk = tensor[row : row + QUANTIZE_ROWS]
+        if len(chunk) % BLOCK or num_columns % BLOCK:  # blocks are whole in `value`, with zeros
+            padded = (0, -num_columns % BLOCK, 0, -len(chunk) % BLOCK)
+            chunk = F.pad(chunk.view(torch.uint8), padded).view(chunk.dtype) if sf is not None else F.pad(chunk, padded)
+        rows, blocks = slice(row, row + len(chunk)), slice(row // BLOCK, (row + len(chunk)) // BLOCK)
         if value_sf is None:
-            value[rows] = dequantize_blocks(tensor[rows], sf[blocks].to(tensor.device))
+            whole = dequantize_blocks(chunk, sf[blocks].to(chunk.device))
+            value[rows, : whole.shape[1]] = whole
             continue
-        quantized, quantized_sf = (tensor[rows], sf[blocks]) if sf is not None else quantize_blocks(tensor[rows])
-        value[rows] = quantized
-        value_sf[blocks] = quantized_sf
+        quantized, quantized_sf = (chunk, sf[blocks]) if sf is not None else quantize_blocks(chunk)
+        value[rows, : quantized.shape[1]] = quantized
+        value_sf[blocks, : quantized_sf.shape[1]] = quantized_sf

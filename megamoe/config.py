@@ -10,6 +10,7 @@ BLOCK = 128
 convention)."""
 
 WEIGHT_FORMATS = ("fp8", "bf16")
+ACTIVATIONS = ("swiglu", "swiglu_oai")
 
 
 def _check_int(name: str, value, low: int, high: int | None = None) -> None:
@@ -47,6 +48,8 @@ class MoEConfig:
     weight_format: "fp8" (e4m3 operands with fp32 scale factors), or "bf16" (no quantizers; CPU only; also serves fp32
         models).
     swiglu_limit: None, or the clamp of the SwiGLU inputs: gate <= limit, |up| <= limit.
+    activation: "swiglu", or "swiglu_oai", gpt-oss's variant: steps.swiglu has both formulas. CPU only.
+    bias: whether both linears add one: steps.ExpertWeights has shapes and dtypes. CPU only.
     ValueError or TypeError names the field, its value and the nearest legal ones.
     """
 
@@ -56,6 +59,8 @@ class MoEConfig:
     topk: int
     weight_format: str = "fp8"
     swiglu_limit: float | None = None
+    activation: str = "swiglu"
+    bias: bool = False
 
     def __post_init__(self):
         _check_multiple("hidden", self.hidden, BLOCK)
@@ -68,6 +73,10 @@ class MoEConfig:
             )
         if self.swiglu_limit is not None:
             _check_positive("swiglu_limit", self.swiglu_limit)
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} must be one of {', '.join(map(repr, ACTIVATIONS))}")
+        if not isinstance(self.bias, bool):
+            raise TypeError(f"bias={self.bias!r} has type {type(self.bias).__name__}; pass True or False")
 
     def num_local_experts(self, ep_size: int) -> int:
         """Experts on each of ``ep_size`` ranks; expert e lives on rank e // num_local_experts. ValueError if uneven."""
@@ -93,9 +102,15 @@ class EPConfig:
     num_max_tokens_per_rank: capacity; no call may bring more tokens on any rank.
     virtual_ranks: None (one rank a process), or R: this one process plays R ranks and every per-rank tensor argument
         of the layer is a list of R tensors, as is the result.
-    arrive_deadline_s: seconds until every rank must have entered a call.
+    arrive_deadline_s: seconds until every rank must have entered a call, or the workspace's construction, reset() or
+        close(); kernel compilation does not count. Raise it where ranks load models at different speeds.
     step_deadline_s: seconds any later wait of that call may take.
     num_sms: SMs the kernel may use, all ranks of this process together; None = all. No meaning on CPU.
+    ranks_per_domain: neighbouring ranks that form one NVLink domain; None = found from the GPUs' peer access (ranks on
+        CPU are one domain).
+    domain_tokens: with several domains, most rows a rank sends to one domain at once. None = the capacity: shapes never
+        depend on the routing, as a CUDA graph needs. A number: less memory and only the rows that the routing asks for,
+        in as many rounds as it takes, with counts that meet on the host.
     num_redundant_slots_per_rank: expert slots on each rank beyond num_experts / ep_size, for further copies of experts
         (MoELayer.load_plan). Each takes the memory of an expert's weights.
     num_staged_experts: experts whose weights a rank can receive between two calls of a rebalance; on CUDA each takes
@@ -107,6 +122,8 @@ class EPConfig:
     arrive_deadline_s: float = 60.0
     step_deadline_s: float = 10.0
     num_sms: int | None = None
+    ranks_per_domain: int | None = None
+    domain_tokens: int | None = None
     num_redundant_slots_per_rank: int = 0
     num_staged_experts: int = 0
 
@@ -120,6 +137,23 @@ class EPConfig:
         _check_positive("step_deadline_s", self.step_deadline_s)
         if self.num_sms is not None:
             _check_int("num_sms", self.num_sms, 1)
+        if self.ranks_per_domain is not None:
+            _check_int("ranks_per_domain", self.ranks_per_domain, 1)
+        if self.domain_tokens is not None:
+            _check_int("domain_tokens", self.domain_tokens, 1, self.num_max_tokens_per_rank)
+
+    def num_domains(self, ep_size: int) -> int:
+        """Domains of ``ep_size`` ranks by ranks_per_domain, 1 where that is None. ValueError if one would be smaller
+        than the others."""
+        size = self.ranks_per_domain or ep_size
+        if ep_size % size:
+            legal = [one for one in range(1, ep_size + 1) if ep_size % one == 0]
+            nearest = sorted(legal, key=lambda one: (abs(one - size), one))[:2]
+            raise ValueError(
+                f"ranks_per_domain={size} leaves {ep_size % size} of ep_size={ep_size} ranks in no whole domain; "
+                f"domains are equally large: nearest {', '.join(map(str, sorted(nearest)))}"
+            )
+        return ep_size // size
 
     def num_slots(self, config: MoEConfig, ep_size: int) -> int:
         """Expert slots on each rank for a layer of ``config``; ValueError where its experts do not divide."""

@@ -317,10 +317,16 @@ SECTIONS: tuple[Callable[[], Iterator[Row]], ...] = (
     version_rows, gpu_rows, symmetric_rows, cache_rows, launcher_rows, package_rows, cpu_path_rows)
 
 
-def examine(compile_kernels: bool = True) -> list[Row]:
+def rank_rows() -> Iterator[Row]:
+    from megamoe import doctor_ranks  # only here: it needs torch and a process group
+
+    yield from doctor_ranks.rank_rows()
+
+
+def examine(compile_kernels: bool = True, ranks: bool = False) -> list[Row]:
     """All rows. A section that breaks is itself a row: the report must reach the person whatever is wrong."""
     rows = []
-    for section in SECTIONS + ((kernel_rows,) if compile_kernels else ()):
+    for section in SECTIONS + ((kernel_rows,) if compile_kernels else ()) + ((rank_rows,) if ranks else ()):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -351,8 +357,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true",
                         help="one JSON object: ok, rows (section, name, state, value, remedy)")
     parser.add_argument("--no-compile", action="store_true", help="leave the kernels out")
+    parser.add_argument("--ranks", action="store_true",
+                        help="on every rank, under a launcher: compare the ranks' environments, and time their links")
     given = parser.parse_args(argv)
-    rows = examine(compile_kernels=not given.no_compile)
+    rows = examine(compile_kernels=not given.no_compile, ranks=given.ranks)
     ok = all(row.state != "wrong" for row in rows)
     if given.json:
         print(json.dumps({"ok": ok, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1))

@@ -1,13 +1,16 @@
 """The CUDA engine: weights as images, one kernel launch a call. The workspace half holds what layers share on a GPU."""
 
+import contextlib
 import ctypes
 import math
+import struct
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megamoe import layout
+from megamoe import canaries, layout
 from megamoe.builds import kernel_build
 from megamoe.config import MoEConfig
 from megamoe.errors import ErrorRecord, MegaMoEError
@@ -15,20 +18,65 @@ from megamoe.plan import tiles
 from megamoe.quant.weights import image_shape, pack_expert
 from megamoe.replicas import DeviceReplicas
 from megamoe.steps import ExpertWeights, RankInput
-from megamoe_cuda.compile import compile_kernel
+from megamoe_cuda.compile import CompiledKernel, compile_kernel, debug_level
 from megamoe_cuda.device import device_info
+from megamoe_cuda.gather import busy, gather
 from megamoe_cuda.launch import LoadedKernel, read_symbol_u32
 from megamoe_cuda.symmetric import HostStatus, NvshmemMemory, OneGpuMemory
+
+
+@contextlib.contextmanager
+def together(group, deadline_s: float):
+    """What each rank does alone, and may fail at alone: MegaMoEError on the others, naming it. Time spent inside counts
+    for nobody's deadline. group: None for one process."""
+    if group is None:
+        yield
+        return
+    failure = None
+    with busy(group, deadline_s):
+        try:
+            yield
+        except Exception as error:
+            failure = error
+    words = None if failure is None else f"{type(failure).__name__}: {failure}"
+    everyone = gather(group, "preparation", words, deadline_s)
+    if failure is not None:
+        raise failure
+    for rank, theirs in enumerate(everyone):
+        if theirs is not None:
+            record = ErrorRecord(dist.get_rank(group), -1, "host", "preparation", rank, 0, 1)
+            raise MegaMoEError(f"rank {rank} could not prepare its workspace: {theirs}", record)
+
+
+def blocks_of(configs, ep_size: int, capacity: int) -> list[int]:
+    """Every block that calls of up to `capacity` tokens a rank can choose."""
+    largest = [tiles.choose_block_tokens(c, ep_size, capacity) for c in configs]
+    smallest = [tiles.choose_block_tokens(c, ep_size, 1) for c in configs]
+    return [block for block in layout.BLOCK_TOKENS if min(smallest) <= block <= max(largest)]
 
 
 class FusedWorkspace:
     """Symmetric arena, local workspace, status record and loaded kernels of one process.
 
     Every kernel that the workspace's layers can choose is compiled here, before any launch: a rank that compiles while
-    its peers wait would eat their deadline.
+    its peers wait would eat their deadline. All that a rank does alone comes first, and what fails on one is raised on
+    all: none goes on into a collective call that the others never make.
     """
 
     def __init__(self, workspace):
+        with together(workspace.group if workspace.ep_size > workspace.num_ranks_here else None,
+                      workspace.ep_config.arrive_deadline_s):  # fmt: skip
+            arena_bytes = self._prepare(workspace)
+        with torch.cuda.device(self.device):
+            if self.num_ranks == self.ep_size:
+                self.memory = OneGpuMemory(arena_bytes, self.ep_size, self.device)
+            else:
+                deadline_s = self.ep_config.arrive_deadline_s
+                self.memory = NvshmemMemory(arena_bytes, workspace.group, self.device, deadline_s)
+            self._clear()
+
+    def _prepare(self, workspace) -> int:
+        """Kernels, local memory and the status record; nothing here waits for a peer. -> bytes of the arena"""
         self.device = workspace.device
         self.ep_size, self.num_ranks = workspace.ep_size, workspace.num_ranks_here
         self.first_rank = 0 if workspace.ep_config.virtual_ranks else workspace.ep_rank
@@ -43,30 +91,30 @@ class FusedWorkspace:
                 )
             self.dims = layout.dims_of(workspace.moe_configs, self.ep_config, self.ep_size, self.ctas_per_rank)
             _check_blocks(workspace.moe_configs, self.ep_size, self.ep_config)
-            self.regions, arena_bytes, local_bytes = layout.place(self.dims)
+            self.debug = debug_level() > 0
+            self.regions, arena_bytes, local_bytes = layout.place(self.dims, canaries.GAP if self.debug else 0)
             self.kernels = self._load_kernels(workspace.moe_configs)
-            if self.num_ranks == self.ep_size:
-                self.memory = OneGpuMemory(arena_bytes, self.ep_size, self.device)
-            else:
-                self.memory = NvshmemMemory(arena_bytes, workspace.group, self.device)
             self.local = [
                 torch.zeros(local_bytes, dtype=torch.uint8, device=self.device) for _ in range(self.num_ranks)
             ]
             self.status = HostStatus(self.num_ranks * ctypes.sizeof(layout.KernelStatus))
-            self._clear()
+        return arena_bytes
 
     def _load_kernels(self, configs) -> dict[int, LoadedKernel]:
-        largest = [tiles.choose_block_tokens(c, self.ep_size, self.ep_config.num_max_tokens_per_rank) for c in configs]
-        smallest = [tiles.choose_block_tokens(c, self.ep_size, 1) for c in configs]
-        wanted = [block for block in layout.BLOCK_TOKENS if min(smallest) <= block <= max(largest)]
-        builds = [kernel_build(block) for block in wanted]
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            compiled = list(pool.map(lambda b: compile_kernel(b.source, b.entry, b.defines), builds))
-        kernels = {}
-        for block, build, kernel in zip(wanted, builds, compiled, strict=True):
-            shared_bytes = read_symbol_u32(kernel.cubin, "mega_moe_shared_bytes")
-            kernels[block] = LoadedKernel(kernel.cubin, build.entry, shared_bytes)
-        return kernels
+        wanted = blocks_of(configs, self.ep_size, self.ep_config.num_max_tokens_per_rank)
+        with ThreadPoolExecutor(max_workers=4) as pool:  # into the compiler's memory; loading is not for threads
+            list(pool.map(_compiled, wanted))
+        return {block: self.load_kernel(block) for block in wanted}
+
+    def load_kernel(self, block: int, **defines: int) -> LoadedKernel:
+        """The kernel for tiles of `block` tokens, with further defines a test or trace build of it."""
+        kernel = _compiled(block, **defines)
+        shared_bytes = read_symbol_u32(kernel.cubin, "mega_moe_shared_bytes")
+        loaded = LoadedKernel(kernel.cubin, kernel.entry, shared_bytes)
+        if self.debug:
+            sizes = [region.bytes for region in self.regions]
+            loaded.write_symbol("mega_moe_region_bytes", struct.pack(f"<{len(sizes)}Q", *sizes))
+        return loaded
 
     def _clear(self) -> None:
         """Flags and counters to zero, epoch to 1, on all ranks between two barriers."""
@@ -79,6 +127,10 @@ class FusedWorkspace:
         for base in self.local:
             base[control.offset : control.offset + 4].view(torch.int32).fill_(1)
         self.status.host[:] = 0
+        if self.debug:
+            for where, memories in (("symmetric", self.memory.local), ("local", self.local)):
+                for memory in memories:
+                    canaries.fill(memory, self.regions, where)
         self.memory.barrier()
 
     def base_params(self) -> layout.KernelParams:
@@ -103,7 +155,11 @@ class FusedWorkspace:
         return p
 
     def check(self) -> None:
-        """Raise the device's record, if any. Reads pinned memory; does not wait for the GPU."""
+        """Raise the device's record, if any. Reads pinned memory and does not wait for the GPU. A debug build
+        waits, and looks at the canaries too."""
+        if self.debug and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize(self.device)
+            self._check_canaries()
         records = (layout.KernelStatus * self.num_ranks).from_buffer(self.status.host)
         found = [r for r in records if r.code]
         if not found:
@@ -122,7 +178,20 @@ class FusedWorkspace:
                 f"legal are -1 and 0 to {r.want - 1}",
                 record._replace(index=token, have=signed),
             )
+        if code == "out_of_bounds":
+            region = f"region {layout.REGIONS[r.index].name} of {r.want} bytes"
+            raise MegaMoEError(f"launch {r.epoch}: an access at byte {r.have} of {region}", record)
         raise MegaMoEError(f"launch {r.epoch}: {_story(record)}", record)
+
+    def _check_canaries(self) -> None:
+        for where, memories in (("symmetric", self.memory.local), ("local", self.local)):
+            for i, memory in enumerate(memories):
+                found = canaries.find(memory, self.regions, where)
+                if found is not None:
+                    name, past, value = found
+                    index = [region.name for region in layout.REGIONS].index(name)
+                    record = ErrorRecord(self.first_rank + i, -1, "none", "none", index, value, canaries.VALUE)
+                    raise MegaMoEError(f"byte {past} past the end of region {name} was overwritten", record)
 
     def reset(self) -> None:
         """Collective. Waits for the GPU, clears flags, counters, epoch and the record."""
@@ -142,6 +211,11 @@ class FusedWorkspace:
         for kernel in self.kernels.values():
             kernel.close()
         self.kernels, self.local = {}, []
+
+
+def _compiled(block: int, **defines: int) -> CompiledKernel:
+    build = kernel_build(block)
+    return compile_kernel(build.source, build.entry, build.defines | defines)
 
 
 def _check_blocks(configs, ep_size: int, ep_config) -> None:
@@ -171,6 +245,8 @@ def _story(r: ErrorRecord) -> str:
 
 class FusedEngine:
     """Holds one layer's weight images and its prepared parameters. For one thread at a time, like the layer."""
+
+    wait_s = None  # the device waits, not the host
 
     def __init__(self, config: MoEConfig, workspace):
         self.config, self.shared = config, workspace.fused
@@ -249,6 +325,17 @@ class FusedEngine:
             )
         return self.replicas
 
+    def expert_tensors(self) -> list[list[Tensor]]:
+        """Per rank its images, tensors with slots along the first dimension."""
+        return [list(rank) for rank in self.images]
+
+    def share_weights(self, other: "FusedEngine") -> None:
+        """Use what `other` has loaded, now and later, where it is placed; rows served are counted for each."""
+        self.images = other.images
+        for mine, theirs in zip(self.params.ranks, other.params.ranks, strict=True):
+            mine.linear1, mine.linear2 = theirs.linear1, theirs.linear2
+            mine.replica_map = theirs.replica_map
+
     def forward(self, inputs: list[RankInput], num_tokens_bound: int, outs: list[Tensor | None]) -> list[Tensor]:
         shared, p = self.shared, self.params
         shared.check()
@@ -270,6 +357,7 @@ class FusedEngine:
 
         block = tiles.choose_block_tokens(self.config, shared.ep_size, num_tokens_bound)
         p.order_group, p.order_lag = tiles.tile_order(block)
+        p.prefetch_stages = tiles.prefetch_stages(self.config, shared.ep_size, num_tokens_bound)
         warps = shared.ctas_per_rank * (layout.EXCHANGE_WARPS + layout.MATH_WARPS)
         p.combine_columns = tiles.combine_columns(hidden, num_tokens_bound, warps)
         p.combine_chunks = -(-hidden // p.combine_columns)

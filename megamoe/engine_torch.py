@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megamoe.config import MoEConfig
+from megamoe.errors import MegaMoEError
 from megamoe.plan.choice import ReplicaMap
 from megamoe.rebalance import Move, default_placement
 from megamoe.route.replica import choose_replicas
@@ -27,7 +28,10 @@ class TorchEngine:
         self.slots = workspace.ep_config.num_slots(config, self.ep_size)
         self.placement = default_placement(config.num_experts, self.ep_size, self.slots)
         self.placement_version = 0
+        self.number, workspace.num_layers = workspace.num_layers, workspace.num_layers + 1
+        self.wait_s = 0.0
         self.weights: list[ExpertWeights] | None = None
+        self._loaded_by: TorchEngine | None = None
         self._replicas: ReplicaMap | None = None
         self._staged: list[tuple[Tensor, ...]] = []
         self.load_count = [
@@ -89,32 +93,53 @@ class TorchEngine:
         """Nothing to wait for: stage() has received everything."""
 
     def forward(self, inputs: list[RankInput], num_tokens_bound: int, outs: list[Tensor | None]) -> list[Tensor]:
-        """num_tokens_bound chooses nothing here: the torch exchange sends exact counts."""
+        """num_tokens_bound chooses nothing here: the torch exchange sends exact counts. A failed call fills outs with
+        NaN."""
+        waited = self.exchange.wait_s
+        self.exchange.start_call(self.number)
+        try:
+            results = self._serve(inputs)
+        except MegaMoEError:
+            for out in outs:
+                if out is not None:
+                    out.fill_(float("nan"))
+            raise
+        finally:
+            self.wait_s += self.exchange.wait_s - waited
+        return [y if out is None else out.copy_(y) for y, out in zip(results, outs, strict=True)]
+
+    def _serve(self, inputs: list[RankInput]) -> list[Tensor]:
+        loaded = self._loaded_by or self
         config = replace(self.config, num_experts=self.slots * self.ep_size)
         topk_idx = [_used(i) for i in inputs]
-        if self._replicas is not None:
-            topk_idx = choose_replicas(self.exchange, self._replicas, topk_idx)
+        if loaded._replicas is not None:
+            topk_idx = choose_replicas(self.exchange, loaded._replicas, topk_idx)
         elif self.slots * self.ep_size != self.config.num_experts:
             local = self.config.num_local_experts(self.ep_size)
             topk_idx = [torch.where(idx >= 0, idx // local * self.slots + idx % local, -1) for idx in topk_idx]
         trace = {}
-        physical = [i._replace(topk_idx=idx) for i, idx in zip(inputs, topk_idx, strict=True)]
-        results = moe_layer(config, self.exchange, self.weights, physical, trace=trace)
-        self._count({rank: trace[rank]["rows"].num_rows for rank in trace})
-        return [y if out is None else out.copy_(y) for y, out in zip(results, outs, strict=True)]
-
-    def _count(self, num_rows: dict[int, list[int]]) -> None:
+        slots = [i._replace(topk_idx=idx) for i, idx in zip(inputs, topk_idx, strict=True)]
+        results = moe_layer(config, self.exchange, self.weights, slots, trace=trace)
+        placement = torch.from_numpy(loaded.placement.reshape(self.ep_size, -1))
         for rank, (logical, physical) in zip(self.exchange.ranks, self.load_count, strict=True):
-            rows = torch.tensor(num_rows[rank])
-            held = torch.from_numpy(self.placement.reshape(self.ep_size, -1)[rank])
+            rows, held = torch.tensor(trace[rank]["rows"].num_rows), placement[rank]
             physical += rows
             logical.index_add_(0, held[held >= 0], rows[held >= 0])
+        return results
+
+    def share_weights(self, other: "TorchEngine") -> None:
+        """Use what `other` has loaded, now and later, where it is placed; rows served are counted for each."""
+        self.weights, self._loaded_by = other.weights, other._loaded_by or other
+
+    def expert_tensors(self) -> list[list[Tensor]]:
+        """Per rank what it was loaded with, tensors with slots along the first dimension."""
+        return [[t for t in rank if t is not None] for rank in self.weights]
 
     def check(self) -> None:
         """Nothing is pending: every error of the torch path is raised by forward itself."""
 
     def close(self) -> None:
-        self.weights = None
+        self.weights = self._loaded_by = None
 
 
 def _used(rank_input: RankInput) -> Tensor:

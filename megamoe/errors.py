@@ -1,7 +1,10 @@
 """The exception a device wait, a peer or a bad id ends in. Errors a caller can fix beforehand are ValueError or
 TypeError."""
 
+from contextlib import contextmanager
 from typing import NamedTuple
+
+from megamoe_cuda.gather import AbsentRankError
 
 
 class ErrorRecord(NamedTuple):
@@ -9,8 +12,8 @@ class ErrorRecord(NamedTuple):
 
     rank: int  # ep_rank that wrote the record
     cta: int  # block of the kernel, -1 on the torch path
-    role: str  # a word of layout.ROLES, e.g. "tokens"
-    step: str  # dispatch, plan, linear1, swiglu, linear2 or combine
+    role: str  # a word of layout.ROLES, e.g. "tokens"; "host" where ranks meet outside of a call
+    step: str  # dispatch, plan, linear1, swiglu, linear2 or combine; of the host, where: "workspace", "reset", ...
     index: int  # what was waited for: a peer's ep_rank, a token block, a token
     have: int
     want: int
@@ -31,3 +34,14 @@ class MegaMoEError(RuntimeError):
                 f"(index {record.index}, have {record.have}, want {record.want})"
             )
         super().__init__(message)
+
+
+@contextmanager
+def absent_ranks_named():
+    """A rank that does not come to where ranks meet becomes a MegaMoEError with its record."""
+    try:
+        yield
+    except AbsentRankError as error:
+        have = error.num_ranks - len(error.absent)
+        record = ErrorRecord(error.rank, -1, "host", error.step, error.absent[0], have, error.num_ranks)
+        raise MegaMoEError(str(error), record) from error

@@ -1,28 +1,38 @@
 """Who holds which rank, and how rows travel between them: a list in one process, or torch.distributed.
 
-Both classes have the same three members, which is all that dispatch and combine need:
+Both classes have the same members; the first three are all that dispatch and combine need:
     ep_size: int            ranks in the group
     ranks: tuple[int, ...]  ep_ranks played by this process, ascending; per-rank lists elsewhere follow this order
     all_to_all(sends, step) sends[i][dst] = tuple of tensors that ranks[i] sends to dst; all tensors of one tuple have
                             the same number of rows. Returns received[i][src] = the tuple that src sent to ranks[i].
                             step: "dispatch" or "combine", for an error's record.
+    start_call(layer)       a call of the workspace's layer number `layer` begins
+    wait_s: float           seconds spent waiting for peers so far
 """
 
+import contextlib
 import time
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from megamoe.errors import ErrorRecord, MegaMoEError
+from megamoe.layout import STEPS
 
 Bundle = tuple[Tensor, ...]
+_num_exchanges = weakref.WeakKeyDictionary()  # group -> DistExchanges made on it
 
 
 class LocalExchange:
     """All ep_size ranks live in this process: the oracle for any rank count, and virtual ranks on CPU."""
+
+    wait_s = 0.0
 
     def __init__(self, ep_size: int):
         self.ep_size = ep_size
@@ -31,12 +41,34 @@ class LocalExchange:
     def all_to_all(self, sends: Sequence[Sequence[Bundle]], step: str) -> list[list[Bundle]]:
         return [[sends[src][dst] for src in self.ranks] for dst in self.ranks]
 
+    def start_call(self, layer: int) -> None:
+        """One process cannot be in two calls."""
+
+
+class Header(NamedTuple):
+    """What a rank says to each peer before its rows. The words add up to zero, so that a changed one is noticed."""
+
+    call: int  # of this workspace, counted since its last reset
+    layer: int  # number of the layer on this workspace
+    step: int  # index in STEPS
+    num_rows: int
+    row_bytes: int  # of one row, all its tensors together
+    check: int
+
+    @classmethod
+    def of(cls, *words: int) -> "Header":
+        return cls(*words, -sum(words))
+
+    def __str__(self) -> str:
+        step = STEPS[self.step] if self.step < len(STEPS) else self.step
+        return f"{step} of call {self.call}, layer {self.layer}, rows of {self.row_bytes} bytes"
+
 
 class DistExchange:
     """This process is one rank of a torch.distributed group (gloo on CPU).
 
     arrive_deadline_s: seconds until every rank must have entered an exchange. step_deadline_s: seconds the rows may
-        take then. Past either: MegaMoEError, which names a rank that did not come.
+        take then. Past either, or when a peer is gone, or in another call or layer: MegaMoEError, which names the peer.
     """
 
     def __init__(self, group: dist.ProcessGroup, arrive_deadline_s: float = 60.0, step_deadline_s: float = 10.0):
@@ -46,75 +78,119 @@ class DistExchange:
         self.ep_size = dist.get_world_size(group)
         self.ep_rank = dist.get_rank(group)
         self.ranks = (self.ep_rank,)
-        self._own_group = False
+        self._peers = [peer for peer in range(self.ep_size) if peer != self.ep_rank]
+        self._store = distributed_c10d._get_process_group_store(group)
+        self._call, self._layer, self._resets = 0, 0, 0
+        self._number = _num_exchanges[group] = _num_exchanges.get(group, 0) + 1  # on this group; equal on all ranks
+        self._connections = group  # until a reset
+        self.wait_s = 0.0
+
+    def start_call(self, layer: int) -> None:
+        self._call, self._layer = self._call + 1, layer
 
     def all_to_all(self, sends: Sequence[Sequence[Bundle]], step: str) -> list[list[Bundle]]:
         """MegaMoEError when a peer does not take part before the deadline."""
         (to_ranks,) = sends
-        num_sent = [bundle[0].shape[0] for bundle in to_ranks]
-        num_received = self._exchange_counts(num_sent, to_ranks[0][0].device, step)
-        columns = zip(*to_ranks, strict=True)
-        received = [self._exchange_rows(column, num_sent, num_received, step) for column in columns]
-        return [list(zip(*received, strict=True))]
+        received = self._exchange_headers(to_ranks, step)
+        return [self._exchange_rows(to_ranks, [header.num_rows for header in received], step)]
 
     def reset(self) -> None:
-        """Replace the group by a new one of the same ranks, since gloo closes connections at a deadline. Collective."""
-        members = dist.get_process_group_ranks(self.group)
+        """Connect anew, since gloo closes connections at a deadline. Collective: every rank must be on its way here."""
+        self._resets += 1
+        # Not dist.new_group: it forgets the name of a group that is gone, and finds its addresses under it again
+        store = dist.PrefixStore(f"megamoe/exchange/{self._number}/{self._resets}", self._store)
         timeout = timedelta(seconds=max(self.arrive_deadline_s, self.step_deadline_s))
         try:
-            group = dist.new_group(members, timeout=timeout, backend="gloo", use_local_synchronization=True)
+            self._connections = dist.ProcessGroupGloo(store, self.ep_rank, self.ep_size, timeout)
         except RuntimeError as error:
-            raise self._failure(
-                f"not every rank called reset() within {timeout}: {error}", "dispatch", -1, 0
-            ) from error
-        self.close()
-        self.group, self._own_group = group, True
+            raise self._failure(f"ranks did not connect again within {timeout}: {error}", "dispatch", -1, 0) from error
+        self._call = 0
 
     def close(self) -> None:
-        """Drop the group if reset() made it; the caller's stays. Twice is harmless."""
-        if self._own_group:
-            dist.destroy_process_group(self.group)
-            self._own_group = False
+        """Drop the connections that reset() made; the group is the caller's. Twice is harmless."""
+        self._connections = self.group
 
-    def _exchange_counts(self, num_sent: list[int], device: torch.device, step: str) -> list[int]:
-        # Point to point, because a collective that times out cannot say which rank was missing
-        deadline = time.monotonic() + self.arrive_deadline_s
-        peers = [peer for peer in range(self.ep_size) if peer != self.ep_rank]
-        sent = torch.tensor(num_sent, dtype=torch.int64, device=device)
-        received = sent.clone()
-        waiting_for, have = -1, 1
+    def _exchange_headers(self, to_ranks: Sequence[Bundle], step: str) -> list[Header]:
+        row_bytes = sum(t.element_size() * t.shape[1:].numel() for t in to_ranks[0])
+        mine = [
+            Header.of(self._call, self._layer, STEPS.index(step), bundle[0].shape[0], row_bytes) for bundle in to_ranks
+        ]
+        device = to_ranks[0][0].device
+        sends = {peer: torch.tensor(mine[peer], dtype=torch.int64, device=device) for peer in self._peers}
+        receives = {peer: torch.empty(len(Header._fields), dtype=torch.int64, device=device) for peer in self._peers}
+        self._point_to_point(sends, receives, self.arrive_deadline_s, step, "did not come")
+        for peer, words in receives.items():
+            mine[peer] = self._checked(Header(*words.tolist()), mine[peer], peer, step)
+        return mine
+
+    def _checked(self, theirs: Header, mine: Header, peer: int, step: str) -> Header:
+        if sum(theirs) or theirs.num_rows < 0:
+            raise self._failure(f"the header from rank {peer} is damaged: {list(theirs)}", step, peer, 0)
+        for name in ("call", "layer", "step", "row_bytes"):
+            have, want = getattr(theirs, name), getattr(mine, name)
+            if have != want:
+                text = f"rank {peer} is in {theirs}, this rank in {mine}: all ranks make the same calls in one order"
+                raise self._failure(text, step, peer, have, want)
+        return theirs
+
+    def _exchange_rows(self, to_ranks: Sequence[Bundle], num_received: list[int], step: str) -> list[Bundle]:
+        # Bytes, because no backend carries every dtype used here (e4m3 least of all)
+        first, me = to_ranks[0], self.ep_rank
+        row_bytes = [t.element_size() * t.shape[1:].numel() for t in first]
+        device = first[0].device
+        sends = {
+            peer: torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in to_ranks[peer]])
+            for peer in self._peers
+            if to_ranks[peer][0].shape[0]
+        }
+        receives = {
+            peer: torch.empty(num_received[peer] * sum(row_bytes), dtype=torch.uint8, device=device)
+            for peer in self._peers
+            if num_received[peer]
+        }
+        self._point_to_point(sends, receives, self.step_deadline_s, step, "did not send its rows")
+        bundles = []
+        for src in range(self.ep_size):
+            if src == me or src not in receives:
+                bundles.append(to_ranks[me] if src == me else tuple(t[:0] for t in first))
+                continue
+            columns = receives[src].split([num_received[src] * width for width in row_bytes])
+            # Cloned: a view as another dtype must start at a multiple of its size
+            bundles.append(tuple(c.clone().view(t.dtype).view(-1, *t.shape[1:]) for c, t in zip(columns, first)))
+        return bundles
+
+    def _point_to_point(self, sends: dict, receives: dict, deadline_s: float, step: str, fault: str) -> None:
+        # Not a collective: one that times out cannot say which rank was missing
+        begin, have, peer = time.monotonic(), 1, -1
         try:
-            # Kept until the end: dropping a send's handle cancels it
-            sending = [dist.isend(sent[peer : peer + 1], group=self.group, group_dst=peer) for peer in peers]
-            coming = [dist.irecv(received[peer : peer + 1], group=self.group, group_src=peer) for peer in peers]
-            for waiting_for, work in zip(peers, coming, strict=True):  # noqa: B007 (the except clause tells it)
-                work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+            sending, coming = {}, {}  # kept until the end: dropping a send's handle cancels it
+            for peer, data in sends.items():
+                sending[peer] = self._connections.send([data], peer, 0)
+            for peer, data in receives.items():
+                coming[peer] = self._connections.recv([data], peer, 0)
+            for peer, work in coming.items():  # noqa: B007 (the except clause tells it)
+                work.wait(timedelta(seconds=max(begin + deadline_s - time.monotonic(), 0.001)))
                 have += 1
-            for waiting_for, work in zip(peers, sending, strict=True):  # noqa: B007
+            for peer, work in sending.items():  # noqa: B007
                 work.wait(timedelta(seconds=self.step_deadline_s))
         except RuntimeError as error:
-            text = f"rank {waiting_for} did not come within {self.arrive_deadline_s} s: {error}"
-            raise self._failure(text, step, waiting_for, have) from error
-        return received.tolist()
+            seconds = time.monotonic() - begin
+            late = seconds >= deadline_s
+            text = f"rank {peer} {fault} within {deadline_s} s" if late else f"rank {peer} left after {seconds:.1f} s"
+            cause = str(error).partition("] ")[2].partition(". ")[0] or str(error)  # without gloo's place and advice
+            raise self._failure(f"{text}: {cause}", step, peer, have) from error
+        finally:
+            self.wait_s += time.monotonic() - begin
 
-    def _exchange_rows(
-        self, tensors: Sequence[Tensor], num_sent: list[int], num_received: list[int], step: str
-    ) -> tuple[Tensor, ...]:
-        # Bytes, because no backend carries every dtype used here (e4m3 least of all)
-        first = tensors[0]
-        row_shape = first.shape[1:]
-        row_bytes = first.element_size() * row_shape.numel()
-        flat = torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in tensors])
-        out = torch.empty(sum(num_received) * row_bytes, dtype=torch.uint8, device=first.device)
-        out_splits, in_splits = [n * row_bytes for n in num_received], [n * row_bytes for n in num_sent]
-        try:
-            work = dist.all_to_all_single(out, flat, out_splits, in_splits, group=self.group, async_op=True)
-            work.wait(timedelta(seconds=self.step_deadline_s))
-        except RuntimeError as error:
-            text = f"the rows did not arrive within {self.step_deadline_s} s: {error}"
-            raise self._failure(text, step, -1, 0) from error
-        return out.view(first.dtype).view(-1, *row_shape).split(num_received)
+    def _failure(self, text: str, step: str, peer: int, have: int, want: int | None = None) -> MegaMoEError:
+        record = ErrorRecord(self.ep_rank, -1, "exchange", step, peer, have, self.ep_size if want is None else want)
+        return MegaMoEError(text + self._first_story(text, step), record)
 
-    def _failure(self, text: str, step: str, peer: int, have: int) -> MegaMoEError:
-        record = ErrorRecord(self.ep_rank, -1, "exchange", step, peer, have, self.ep_size)
-        return MegaMoEError(text, record)
+    def _first_story(self, text: str, step: str) -> str:
+        # A rank that gives up takes others with it, who see only that it left: the first one's words go to all
+        mine = f"rank {self.ep_rank} at {step}: {text}"
+        with contextlib.suppress(RuntimeError):  # the store may be gone with the process that held it
+            first = self._store.compare_set(f"megamoe/lost/{self._number}/{self._resets}", "", mine).decode()
+            if first != mine:
+                return f"; the first to give up was {first}"
+        return ""

@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from typing import NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from megamoe import layer_checks as checks
+from megamoe import torch_op
 from megamoe.config import MoEConfig
+from megamoe.engine import make_engine
 from megamoe.errors import MegaMoEError
 from megamoe.rebalance import Rebalance
+from megamoe.stats import Stats
 from megamoe.steps import RankInput
 from megamoe.workspace import Workspace
 
@@ -26,12 +30,15 @@ class MoELayer(nn.Module):
     """One expert-parallel MoE layer, inference only: forward runs without autograd and its result has no gradient.
 
     config: must be one of workspace.moe_configs. workspace: shared with other layers.
-    On a CUDA workspace forward is one fused kernel on the current stream; on CPU it is megamoe/steps.py.
+    weights_of: a layer of the same config in another workspace, whose weights this one uses too, also those that it
+        loads later. Not while either is running.
+    On a CUDA workspace forward is one fused kernel on the current stream; on CPU it is megamoe/steps.py. Where the
+    ranks are several NVLink domains, an exchange between domains goes before and after it (megamoe/domains/engine.py).
     With EPConfig(virtual_ranks=R) every tensor argument below is a list of R tensors, one per rank, and so is the
     result.
     """
 
-    def __init__(self, config: MoEConfig, workspace: Workspace):
+    def __init__(self, config: MoEConfig, workspace: Workspace, *, weights_of: "MoELayer | None" = None):
         super().__init__()
         if not isinstance(config, MoEConfig) or not isinstance(workspace, Workspace):
             raise TypeError(
@@ -47,14 +54,15 @@ class MoELayer(nn.Module):
         self.workspace = workspace
         self._dtype: torch.dtype | None = None  # bf16 format: of weights and hidden_states, known from load_weights on
         self._loaded = False
-        if workspace.is_cuda:
-            from megamoe.engine_fused import FusedEngine  # only here: the CPU path must not need CUDA packages
-
-            self._engine = FusedEngine(config, workspace)
-        else:
-            from megamoe.engine_torch import TorchEngine
-
-            self._engine = TorchEngine(config, workspace)
+        self._calls = self._failed = self._tokens = self._input_bytes = self._output_bytes = 0
+        self.handle = torch_op.register(self)
+        self._engine = make_engine(config, workspace)
+        self._weights_of = weights_of
+        if weights_of is not None and weights_of.config != config:
+            raise ValueError(f"weights_of has config={weights_of.config}, this layer {config}; use equal ones")
+        checks.equal_slots(workspace.ep_config, weights_of and weights_of.workspace.ep_config)
+        self.index = len(workspace.layers)
+        workspace.layers.append(ref(self))
 
     @torch.no_grad()
     def load_weights(
@@ -63,6 +71,9 @@ class MoELayer(nn.Module):
         linear2: Tensor | Sequence[Tensor],
         linear1_sf: Tensor | Sequence[Tensor] | None = None,
         linear2_sf: Tensor | Sequence[Tensor] | None = None,
+        *,
+        linear1_bias: Tensor | Sequence[Tensor] | None = None,
+        linear2_bias: Tensor | Sequence[Tensor] | None = None,
     ) -> None:
         """Copy in the local experts; again later, in place (also under captured graphs).
 
@@ -72,13 +83,18 @@ class MoELayer(nn.Module):
             and linear2_sf fp32 [num_local_experts, hidden / 128, intermediate / 128], or bf16, fp16 or fp32 without
             sf, which are quantized here by 128x128 block.
         weight_format="bf16": both bf16 or both fp32, no sf.
+        linear1_bias [num_local_experts, 2 * intermediate], linear2_bias [num_local_experts, hidden]: bf16, fp16 or
+            fp32, kept in fp32; with MoEConfig(bias=True) and only then.
         ValueError or TypeError names the argument, its value and the remedy.
         """
         self.workspace.check_open()
+        if self._weights_of is not None:
+            raise RuntimeError("the layer uses the weights of another (weights_of); load them there")
         columns = [
             self._per_rank(name, value)
             for name, value in (
-                ("linear1", linear1), ("linear1_sf", linear1_sf), ("linear2", linear2), ("linear2_sf", linear2_sf)
+                ("linear1", linear1), ("linear1_sf", linear1_sf), ("linear2", linear2), ("linear2_sf", linear2_sf),
+                ("linear1_bias", linear1_bias), ("linear2_bias", linear2_bias),
             )
         ]  # fmt: skip
         num_local_experts = self.config.num_local_experts(self.workspace.ep_size)
@@ -113,9 +129,12 @@ class MoELayer(nn.Module):
         choice: which copy serves a row: "static" (by source rank), "balanced" (by the batch's counts), "min_active"
             (one copy an expert, for small batches). The output has the same bits under any of them and any plan.
         max_bytes: weights that a rank may receive a step; None = as much as fits (EPConfig.num_staged_experts).
-        ValueError names what does not fit: another topology, too few slots or staging memory.
+        ValueError names what does not fit: another topology, too few slots or staging memory, several NVLink domains.
         """
         self.workspace.check_open()
+        if self._weights_of is not None:
+            raise RuntimeError("the layer uses the weights of another (weights_of); move them there")
+        checks.one_domain(self.workspace)
         if not self._loaded:
             raise RuntimeError("the layer has no weights; call load_weights first")
         ep_config, ep_size = self.workspace.ep_config, self.workspace.ep_size
@@ -131,12 +150,6 @@ class MoELayer(nn.Module):
             )
         return Rebalance(self._engine, row, choice, per_step, plan.load[plan_layer], plan.num_nodes)
 
-    def stats(self) -> Load | list[Load]:
-        """Rows served so far, counted on the device; a copy, made on the current stream without waiting for it."""
-        loads = [Load(logical.clone(), physical.clone()) for logical, physical in self._engine.load_count]
-        return loads if self.workspace.ep_config.virtual_ranks is not None else loads[0]
-
-    @torch.no_grad()
     def forward(
         self,
         hidden_states,
@@ -164,19 +177,30 @@ class MoELayer(nn.Module):
         MegaMoEError: an id out of range on CUDA, a peer that did not come, an earlier failure (until
             workspace.reset()).
         """
+        if torch.compiler.is_compiling() and self.workspace.ep_config.virtual_ranks is None:
+            return torch_op.call(self, hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out)
+        if not torch.is_grad_enabled():  # the usual case; switching it off again costs 2 us
+            return self._forward(hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out)
+        with torch.no_grad():
+            return self._forward(hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out)
+
+    def _forward(self, hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out):
         workspace, config = self.workspace, self.config
         workspace.check_open()
         if not self._loaded:
-            raise RuntimeError("the layer has no weights; call load_weights first")
+            self._take_weights()
         capacity = workspace.ep_config.num_max_tokens_per_rank
         bound = checks.num_tokens_bound(num_tokens_bound, capacity)
-        columns = [
-            self._per_rank(name, value)
-            for name, value in (
-                ("hidden_states", hidden_states), ("topk_idx", topk_idx), ("topk_weights", topk_weights),
-                ("num_tokens", num_tokens), ("out", out),
-            )
-        ]  # fmt: skip
+        if workspace.ep_config.virtual_ranks is None:  # one rank needs no lists: this is host time of every call
+            columns = (hidden_states,), (topk_idx,), (topk_weights,), (num_tokens,), (out,)
+        else:
+            columns = [
+                self._per_rank(name, value)
+                for name, value in (
+                    ("hidden_states", hidden_states), ("topk_idx", topk_idx), ("topk_weights", topk_weights),
+                    ("num_tokens", num_tokens), ("out", out),
+                )
+            ]  # fmt: skip
         inputs, outs = [], []
         for rank, (x, idx, weights, count, rank_out) in zip(self._suffixes(), zip(*columns, strict=True), strict=True):
             x, x_sf = checks.hidden_states(config, workspace.device, rank, x, self._dtype)
@@ -185,12 +209,50 @@ class MoELayer(nn.Module):
             checks.out(config, workspace.device, rank, rank_out, x, self._dtype)
             inputs.append(rank_input)
             outs.append(rank_out)
+        workspace.before_call(self.index)
         try:
             results = self._engine.forward(inputs, bound, outs)
         except MegaMoEError as error:
+            self._failed += 1
             workspace.poison(error)
             raise
+        self._calls += 1
+        for rank_input, y in zip(inputs, results, strict=True):
+            self._tokens += y.shape[0]
+            self._input_bytes += rank_input.x.nbytes
+            self._output_bytes += y.nbytes
         return results if workspace.ep_config.virtual_ranks is not None else results[0]
+
+    def _take_weights(self) -> None:
+        source = self._weights_of
+        if source is None or not source._loaded:
+            raise RuntimeError("the layer has no weights; call load_weights first")
+        self._engine.share_weights(source._engine)
+        self._dtype, self._loaded = source._dtype, True
+
+    def expert_rows(self) -> list[Tensor] | list[list[Tensor]]:
+        """The loaded weights as contiguous uint8 tensors [slots, bytes], for whoever moves experts without a plan.
+
+        The same permutation of rows in each of them, in place and between calls, permutes the rank's experts; a row may
+        also be copied to a layer of the same config. With virtual ranks a list for each rank.
+        """
+        if not self._loaded:
+            self._take_weights()
+        rows = [[t.flatten(1).view(torch.uint8) for t in tensors] for tensors in self._engine.expert_tensors()]
+        return rows if self.workspace.ep_config.virtual_ranks is not None else rows[0]
+
+    def warmup(self) -> None:
+        """One call without tokens, if the layer has weights. Collective."""
+        if not self._loaded:
+            return
+        device, topk = self.workspace.device, self.config.topk
+        dtype = self._dtype if self.config.weight_format == "bf16" else torch.bfloat16
+        x = torch.zeros(0, self.config.hidden, dtype=dtype, device=device)
+        topk_idx = torch.zeros(0, topk, dtype=torch.int64, device=device)
+        topk_weights = torch.zeros(0, topk, dtype=torch.float32, device=device)
+        ranks = self.workspace.ep_config.virtual_ranks
+        arguments = x, topk_idx, topk_weights
+        self(*(arguments if ranks is None else ([t] * ranks for t in arguments)))
 
     def check(self) -> None:
         """Raise MegaMoEError if a call has failed on the device, or left the workspace refusing calls. Never waits."""
@@ -200,6 +262,19 @@ class MoELayer(nn.Module):
             self.workspace.poison(error)
             raise
         self.workspace.check_open()
+
+    def stats(self) -> Stats:
+        """Live counters of this layer; `stats().prometheus()` is their text. Never waits."""
+        error = self.workspace.poisoned
+        return Stats(self._calls, self._failed, self._tokens, self._input_bytes, self._output_bytes,
+                     self._engine.wait_s, None if error is None else str(error))  # fmt: skip
+
+    def load_counts(self) -> Load | list[Load]:
+        """Rows served so far, counted on the device; a copy, made on the current stream without waiting for it.
+
+        ValueError on CUDA where the workspace has no room for plans: the kernel then counts nothing."""
+        loads = [Load(logical.clone(), physical.clone()) for logical, physical in self._engine.load_count]
+        return loads if self.workspace.ep_config.virtual_ranks is not None else loads[0]
 
     def close(self) -> None:
         """Drop the weights and what the engine holds. The workspace stays open. Twice is harmless."""

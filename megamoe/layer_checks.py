@@ -35,9 +35,28 @@ def tensor(
 
 
 def expert_weights(
+    config: MoEConfig, num_local_experts: int, device: torch.device, rank: str, linear1, linear1_sf, linear2,
+    linear2_sf, linear1_bias=None, linear2_bias=None,
+) -> ExpertWeights:  # fmt: skip
+    """Check one rank's weights; floating ones of the fp8 format are quantized by block, biases become fp32."""
+    weights = _weights(config, num_local_experts, device, rank, linear1, linear1_sf, linear2, linear2_sf)
+    biases = {}
+    for name, bias, columns in (
+        ("linear1_bias", linear1_bias, 2 * config.intermediate), ("linear2_bias", linear2_bias, config.hidden)
+    ):  # fmt: skip
+        if config.bias:
+            tensor(f"{name}{rank}", bias, (num_local_experts, columns), LOADABLE, device)
+            biases[name] = bias.float()
+        elif bias is not None:
+            raise ValueError(
+                f"{name}{rank} was given, but the layer's MoEConfig has bias=False; drop it or set bias=True"
+            )
+    return weights._replace(**biases)
+
+
+def _weights(
     config: MoEConfig, num_local_experts: int, device: torch.device, rank: str, linear1, linear1_sf, linear2, linear2_sf
 ) -> ExpertWeights:
-    """Check one rank's weights; floating ones of the fp8 format are quantized by block."""
     shape1 = (num_local_experts, 2 * config.intermediate, config.hidden)
     shape2 = (num_local_experts, config.hidden, config.intermediate)
     if config.weight_format == "fp8":
@@ -168,6 +187,26 @@ def out(config: MoEConfig, device: torch.device, rank: str, value, x: Tensor, we
         raise ValueError(
             f"out{rank} is the memory of hidden_states{rank}; pass another tensor, peers may still read it"
         )
+
+
+def one_domain(workspace) -> None:
+    """ValueError where a plan would have to move weights between NVLink domains."""
+    if workspace.domains is not None:
+        raise ValueError(
+            f"{workspace.ep_size} ranks are {workspace.domains.num_domains} NVLink domains, and no plan moves weights "
+            "between them; use ranks of one domain (EPConfig.ranks_per_domain), or give the layer the plan's physical "
+            "experts and choose copies before each call (megamoe.plan.choose_replicas)"
+        )
+
+
+def equal_slots(mine: EPConfig, theirs: EPConfig | None) -> None:
+    """ValueError where a layer cannot use the weights, in their slots, of one on a workspace made otherwise."""
+    for name in ("num_redundant_slots_per_rank", "num_staged_experts") if theirs is not None else ():
+        if getattr(mine, name) != getattr(theirs, name):
+            raise ValueError(
+                f"weights_of is on a workspace with {name}={getattr(theirs, name)}, this layer on one with "
+                f"{getattr(mine, name)}; use equal ones"
+            )
 
 
 def plan_placement(config: MoEConfig, ep_config: EPConfig, ep_size: int, plan, plan_layer: int):

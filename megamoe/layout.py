@@ -50,7 +50,9 @@ TRACE_EVENTS = (
     "start", "list", "pushed", "tile", "rows_named", "rows_here", "first_stage", "k_loop", "staging",
     "epilogue", "stored", "combined", "end",
 )  # fmt: skip
-CODES = ("ok", "timeout", "expert_out_of_range", "aborted_by_peer")
+CODES = ("ok", "timeout", "expert_out_of_range", "aborted_by_peer", "out_of_bounds")
+# Of test builds (csrc/debug/faults.cuh): what can be published late, wrong or not at all.
+FAULT_POINTS = ("routing", "count", "head", "rows", "h", "combine")
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,7 @@ class KernelParams(ctypes.Structure):
         ("recv_x_pitch", ctypes.c_uint64),  # bytes between two source ranks
         ("recv_x_sf_pitch", ctypes.c_uint64),
         ("head_pitch", ctypes.c_uint64),  # elements between two source ranks of head_idx and head_weights
+        ("prefetch_stages", ctypes.c_uint64),  # of its likely first tile, that a CTA asks the L2 cache for at entry
         ("arrive_deadline_ns", ctypes.c_uint64),  # until every rank has sent its routing
         ("step_deadline_ns", ctypes.c_uint64),  # any later wait
         ("ep_size", ctypes.c_uint32),
@@ -256,8 +259,9 @@ class Placed:
     meaning: str
 
 
-def place(dims: Dims) -> tuple[list[Placed], int, int]:
-    """Returns the placed regions, the bytes of the symmetric arena and the bytes of the local workspace."""
+def place(dims: Dims, gap: int = 0) -> tuple[list[Placed], int, int]:
+    """Returns the placed regions, the bytes of the symmetric arena and the bytes of the local workspace. gap: bytes
+    left behind each region, a multiple of REGION_ALIGN (canaries of debug builds)."""
     ends = {"symmetric": 0, "local": 0}
     placed = []
     for r in REGIONS:
@@ -265,7 +269,7 @@ def place(dims: Dims) -> tuple[list[Placed], int, int]:
         placed.append(
             Placed(r.name, r.where, r.dtype, r.shape(dims), nbytes, ends[r.where], r.writer, r.reader, r.meaning)
         )
-        ends[r.where] += math.ceil(nbytes / REGION_ALIGN) * REGION_ALIGN
+        ends[r.where] += math.ceil(nbytes / REGION_ALIGN) * REGION_ALIGN + gap
     return placed, ends["symmetric"], ends["local"]
 
 
@@ -356,10 +360,11 @@ def render_header() -> str:
         ("kTraceRecords", TRACE_RECORDS),
         ("kNumTraceRoles", len(TRACE_ROLES)),
         ("kImagePitchBytes", IMAGE_PITCH_BYTES),
+        ("kNumRegions", len(REGIONS)),
     )
     out.append("".join(f"constexpr u32 {name} = {value};\n" for name, value in constants))
     enums = (("Role", ROLES), ("Step", STEPS), ("Code", CODES), ("Trace", TRACE_ROLES), ("Event", TRACE_EVENTS),
-             ("Choice", CHOICES))  # fmt: skip
+             ("Choice", CHOICES), ("Fault", FAULT_POINTS), ("Region", [region.name for region in REGIONS]))  # fmt: skip
     out += [_render_enum(name, words) for name, words in enums]
     out += [_render_struct(s) for s in (RankParams, KernelParams, KernelStatus)]
     out.append("}  // namespace moe\n")

@@ -51,6 +51,8 @@ def plan_memory(
     """What a Workspace for these layers holds on each rank. Pure: needs no GPU.
 
     ep_size: ranks; None = ep_config.virtual_ranks, or 1. device: "cuda" (the kernel's regions) or "cpu" (none).
+    With several domains (ep_config.ranks_per_domain) the kernel's regions hold what all domains can send, and the
+    exchange's own buffers are rows named domain_*.
     Weights and the tensor a call returns are not part of a workspace and not counted.
     """
     configs = (configs,) if isinstance(configs, MoEConfig) else tuple(configs)
@@ -62,7 +64,16 @@ def plan_memory(
         return MemoryPlan((), 0, 0, str(device))
     from megamoe import layout  # the kernel's own table, so that plan and allocation cannot differ
 
+    num_domains, buffers = ep_config.num_domains(ep_size), []
+    if num_domains > 1:
+        from megamoe.domains import workspace as domains
+
+        ep_size //= num_domains
+        buffers = domains.buffers_of(configs, ep_config, num_domains)
+        configs = [domains.domain_config(config, num_domains) for config in configs]
+        ep_config = domains.domain_ep_config(ep_config, num_domains, ep_size, NUM_SMS)
     num_sms = min(ep_config.num_sms or NUM_SMS, NUM_SMS)
     num_ctas = layout.ctas_per_rank(num_sms, ep_config.virtual_ranks or 1)
     rows, symmetric_bytes, local_bytes = layout.place(layout.dims_of(configs, ep_config, ep_size, num_ctas))
-    return MemoryPlan(tuple(rows), symmetric_bytes, local_bytes, str(device))
+    local_bytes += sum(buffer.bytes for buffer in buffers)
+    return MemoryPlan((*rows, *buffers), symmetric_bytes, local_bytes, str(device))

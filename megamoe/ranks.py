@@ -3,6 +3,7 @@
 import hashlib
 import os
 import socket
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import NamedTuple
@@ -72,7 +73,7 @@ def init_process_group(backend: str | None = None, *, timeout_s: float = 300.0) 
     With CUDA, device local_rank becomes the current one. MASTER_ADDR and MASTER_PORT are used when set (torchrun sets
     them); under an MPI launcher rank 0 otherwise announces its address and a free port through mpi4py; under srun the
     first host of the step and a port derived from the job and step number are used. ValueError or ImportError says
-    what is missing.
+    what is missing; TimeoutError, after timeout_s, which ranks were not started.
     """
     info = rank_from_env()
     if dist.is_initialized():
@@ -88,17 +89,32 @@ def init_process_group(backend: str | None = None, *, timeout_s: float = 300.0) 
             )
         torch.cuda.set_device(info.local_rank)
     timeout = timedelta(seconds=timeout_s)
-    if info.launcher == "torchrun":
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        store = _store(info, timeout)
-        dist.init_process_group(backend, store=store, rank=info.ep_rank, world_size=info.ep_size, timeout=timeout)
+    store = _store(info, timeout)
+    _call_the_roll(store, info, timeout_s)
+    dist.init_process_group(backend, store=store, rank=info.ep_rank, world_size=info.ep_size, timeout=timeout)
     return info
+
+
+def _call_the_roll(store: dist.Store, info: RankInfo, timeout_s: float) -> None:
+    # A process group that waits for a rank cannot say which one
+    keys = [f"megamoe/started/{rank}" for rank in range(info.ep_size)]
+    store.set(keys[info.ep_rank], "")
+    end = time.monotonic() + timeout_s
+    while not store.check(keys):
+        if time.monotonic() >= end:
+            missing = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
+            raise TimeoutError(
+                f"rank {info.ep_rank} waited {timeout_s:g} s at start for rank {missing} of {info.ep_size}: not "
+                "started, or it cannot reach this job's store; look at its own output"
+            )
+        time.sleep(0.02)
 
 
 def _store(info: RankInfo, timeout: timedelta) -> dist.Store:
     if info.launcher == "none":
         return dist.HashStore()
+    if info.launcher == "torchrun":  # which may hold the store itself
+        return next(iter(dist.rendezvous("env://", info.ep_rank, info.ep_size, timeout=timeout)))[0]
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         host, port = os.environ["MASTER_ADDR"], _read(os.environ, "MASTER_PORT", info.launcher)
     elif info.launcher == "slurm":

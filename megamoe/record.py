@@ -31,7 +31,7 @@ class Recorder:
         self._steps: list[tuple[str, torch.Tensor]] = [("", self._counts())]
 
     def _counts(self) -> torch.Tensor:
-        loads = [layer.stats() for layer in self._layers]
+        loads = [layer.load_counts() for layer in self._layers]
         sums = [sum(one.logical for one in load) if isinstance(load, list) else load.logical for load in loads]
         return torch.stack(sums)
 

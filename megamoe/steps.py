@@ -22,10 +22,14 @@ from megamoe.config import MoEConfig
 from megamoe.quant.fp8 import Quantized, dequantize_blocks, dequantize_rows, quantize_rows
 from megamoe.route.router import route
 
+OAI_ALPHA = 1.702
+"""Slope of the sigmoid in "swiglu_oai", as gpt-oss's reference code has it."""
+
 __all__ = [
     "Dispatched",
     "ExpertWeights",
     "RankInput",
+    "add_domains",
     "combine",
     "dispatch",
     "linear1",
@@ -35,7 +39,6 @@ __all__ = [
     "swiglu",
 ]
 
-
 class ExpertWeights(NamedTuple):
     """The experts of one rank.
 
@@ -43,12 +46,16 @@ class ExpertWeights(NamedTuple):
     linear1_sf: fp32 [E, 2 * intermediate / 128, hidden / 128]; None in bf16 format.
     linear2: e4m3 [E, hidden, intermediate]. bf16 format: as linear1.
     linear2_sf: fp32 [E, hidden / 128, intermediate / 128]; None in bf16 format.
+    linear1_bias: fp32 [E, 2 * intermediate], in the order of linear1's rows; None without MoEConfig.bias.
+    linear2_bias: fp32 [E, hidden]; None without MoEConfig.bias.
     """
 
     linear1: Tensor
     linear1_sf: Tensor | None
     linear2: Tensor
     linear2_sf: Tensor | None
+    linear1_bias: Tensor | None = None
+    linear2_bias: Tensor | None = None
 
 
 class RankInput(NamedTuple):
@@ -116,14 +123,15 @@ def dispatch(config: MoEConfig, exchange, inputs: list[RankInput]) -> list[Dispa
 def linear1(
     config: MoEConfig, weights: ExpertWeights, rows: Dispatched, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Gate and up projections of one rank: row @ linear1[expert]^T.
+    """Gate and up projections of one rank: row @ linear1[expert]^T, + linear1_bias[expert] with MoEConfig.bias.
 
     -> [R, 2 * intermediate] in ``dtype``: first gate, then up.
     With e4m3 operands each 128 of K contributes sf_x * sf_w * sum(q_x * q_w), added up in fp32 (DeepSeek-V3 report,
     3.3.2, "Increasing Accumulation Precision"). Written here as the product of the dequantized operands: the same sum.
     dtype=float64 gives the error-free value of the same operands.
     """
-    return _grouped_matmul(rows.x, rows.x_sf, weights.linear1, weights.linear1_sf, rows.num_rows, dtype)
+    acc = _grouped_matmul(rows.x, rows.x_sf, weights.linear1, weights.linear1_sf, rows.num_rows, dtype)
+    return acc if weights.linear1_bias is None else acc + weights.linear1_bias[rows.local_expert].to(dtype)
 
 
 def swiglu(config: MoEConfig, acc: Tensor, topk_weight: Tensor, out_dtype: torch.dtype = torch.float32):
@@ -133,6 +141,9 @@ def swiglu(config: MoEConfig, acc: Tensor, topk_weight: Tensor, out_dtype: torch
     -> (h e4m3 [R, intermediate], h_sf fp32 [R, intermediate / 128]); bf16 format: (h in ``out_dtype``, None).
     silu(z) = z / (1 + exp(-z)): FFN_SwiGLU of Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202), eq. 6.
     config.swiglu_limit clamps first: gate <= limit, |up| <= limit.
+    config.activation "swiglu_oai": h = gate * sigmoid(1.702 * gate) * (up + 1) * topk_weight, gpt-oss's gating (its
+    model card, arXiv 2508.10925, section 2.2: clamping and a residual connection); sigmoid(z) = 1 / (1 + exp(-z)).
+    A gate of 0 gives h = 0 in both, so that columns padded with zeros stay zero.
     The router's weight is folded in here, where the row is still in fp32: linear2 is linear, so that the sum over slots
     stays the same and combine becomes a plain sum.
     """
@@ -140,27 +151,40 @@ def swiglu(config: MoEConfig, acc: Tensor, topk_weight: Tensor, out_dtype: torch
     if config.swiglu_limit is not None:
         gate = gate.clamp(max=config.swiglu_limit)
         up = up.clamp(-config.swiglu_limit, config.swiglu_limit)
-    h = gate / (1 + torch.exp(-gate)) * up * topk_weight[:, None].to(acc.dtype)
+    if config.activation == "swiglu_oai":
+        h = gate / (1 + torch.exp(-OAI_ALPHA * gate)) * (up + 1) * topk_weight[:, None].to(acc.dtype)
+    else:
+        h = gate / (1 + torch.exp(-gate)) * up * topk_weight[:, None].to(acc.dtype)
     return quantize_rows(h) if config.weight_format == "fp8" else Quantized(h.to(out_dtype), None)
 
 
 def linear2(
-    config: MoEConfig, weights: ExpertWeights, h: Quantized, num_rows: list[int], *, dtype: torch.dtype = torch.float32
-) -> Tensor:
+    config: MoEConfig, weights: ExpertWeights, h: Quantized, num_rows: list[int], *,
+    topk_weight: Tensor | None = None, dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
     """Down projection of one rank: h @ linear2[expert]^T, each row rounded once to what travels back.
 
-    h: (h, h_sf) as swiglu returns them, num_rows: Dispatched.num_rows
+    With MoEConfig.bias, + topk_weight * linear2_bias[expert] before that rounding: h holds the weight already (swiglu),
+    the bias does not.
+    h: (h, h_sf) as swiglu returns them; num_rows, topk_weight: of Dispatched, the latter for the bias only
     -> [R, hidden] in bf16 (bf16 format: the dtype of h). Accumulation as in linear1.
     """
     values, sf = h
     row_dtype = torch.bfloat16 if config.weight_format == "fp8" else values.dtype
-    return _grouped_matmul(values, sf, weights.linear2, weights.linear2_sf, num_rows, dtype).to(row_dtype)
+    y = _grouped_matmul(values, sf, weights.linear2, weights.linear2_sf, num_rows, dtype)
+    if weights.linear2_bias is not None:
+        local_expert = torch.arange(len(num_rows)).repeat_interleave(torch.tensor(num_rows)).to(y.device)
+        y += topk_weight[:, None].to(dtype) * weights.linear2_bias[local_expert].to(dtype)
+    return y.to(row_dtype)
 
 
 def combine(
-    config: MoEConfig, exchange, rows: list[Dispatched], y: list[Tensor], inputs: list[RankInput]
+    config: MoEConfig, exchange, rows: list[Dispatched], y: list[Tensor], inputs: list[RankInput], num_domains: int = 1
 ) -> list[Tensor]:
     """Send each row back to its token's rank and add a token's rows in fp32, in slot order 0, 1, ..., then round once.
+
+    num_domains: with several, domain d has experts from d * num_experts / num_domains on; slots of one domain are added
+    in slot order and rounded to the dtype of y, as that partial sum travels, then add_domains adds the domains.
 
     rows, y: one per rank held here, as dispatch and linear2 returned them.
     -> [n, hidden] in the dtype of y, one per rank held here.
@@ -175,14 +199,30 @@ def combine(
         sends.append([(rank_y[picked], where[picked]) for picked in back])
     outputs = []
     for rank_input, rank_y, received in zip(inputs, y, exchange.all_to_all(sends, "combine"), strict=True):
-        total = torch.zeros(rank_input.x.shape[0], config.hidden, dtype=torch.float32, device=rank_y.device)
+        shape = num_domains, rank_input.x.shape[0], config.hidden
+        total = torch.zeros(shape, dtype=torch.float32, device=rank_y.device)
         row_y = torch.cat([bundle[0] for bundle in received])
         token, slot = torch.cat([bundle[1] for bundle in received]).unbind(1)
         for k in range(config.topk):
             picked = slot == k  # at most one row per token, so that the indexed add has no order of its own
-            total[token[picked]] += row_y[picked].float()
-        outputs.append(total.to(rank_y.dtype))
+            domain = rank_input.topk_idx[token[picked], k].long() // (config.num_experts // num_domains)
+            total[domain, token[picked]] += row_y[picked].float()
+        outputs.append(add_domains(total.to(rank_y.dtype)))
     return outputs
+
+
+def add_domains(partial: Tensor) -> Tensor:
+    """A token's partial sums of all domains, added in fp32 in the order of domains 0, 1, ..., then rounded once.
+
+    partial: [num_domains, n, hidden] in the dtype of the result, zero where a domain has none of a token's experts
+    -> [n, hidden]. With one domain, partial[0] itself. Against the sum over slots alone this rounds once more a domain.
+    """
+    if len(partial) == 1:
+        return partial[0]
+    total = torch.zeros(partial.shape[1:], dtype=torch.float32, device=partial.device)
+    for one in partial:
+        total += one.float()
+    return total.to(partial.dtype)
 
 
 def moe_layer(
@@ -193,6 +233,7 @@ def moe_layer(
     *,
     dtype: torch.dtype = torch.float32,
     trace: dict | None = None,
+    num_domains: int = 1,
 ) -> list[Tensor]:
     """The whole layer on the ranks held here (exchange.ranks): one entry of weights and inputs each.
 
@@ -200,16 +241,17 @@ def moe_layer(
     dtype: of the matrix products and swiglu; float64 for an oracle without rounding between the quantizers.
     trace: None, or a dict that gets trace[ep_rank] = {"rows", "linear1", "h", "h_sf", "linear2"}: what each step
         returned, "rows" a Dispatched, the others tensors (h_sf None in bf16 format).
+    num_domains: the order of combine's sum; see there.
     """
     rows = dispatch(config, exchange, inputs)
     y = []
     for ep_rank, rank_weights, rank_rows in zip(exchange.ranks, weights, rows, strict=True):
         acc = linear1(config, rank_weights, rank_rows, dtype=dtype)
         h = swiglu(config, acc, rank_rows.topk_weight, rank_rows.x.dtype)
-        y.append(linear2(config, rank_weights, h, rank_rows.num_rows, dtype=dtype))
+        y.append(linear2(config, rank_weights, h, rank_rows.num_rows, topk_weight=rank_rows.topk_weight, dtype=dtype))
         if trace is not None:
             trace[ep_rank] = {"rows": rank_rows, "linear1": acc, "h": h.values, "h_sf": h.sf, "linear2": y[-1]}
-    return combine(config, exchange, rows, y, inputs)
+    return combine(config, exchange, rows, y, inputs, num_domains)
 
 
 def _num_tokens(rank_input: RankInput) -> int:

@@ -41,6 +41,16 @@ def support(
                 "rank, above "
                 f"{MAX_LOCAL_EXPERTS}; use at least {-(-config.num_experts // MAX_LOCAL_EXPERTS)} ranks"
             )
+    try:
+        num_domains = 1 if ep_config is None else ep_config.num_domains(ep_size)
+    except ValueError as error:
+        reasons.append(str(error))
+        num_domains = 1
+    if num_domains > 1:
+        from megamoe.domains.workspace import domain_ep_config  # it needs Workspace's own imports
+
+        ep_size //= num_domains
+        ep_config = domain_ep_config(ep_config, num_domains, ep_size, None)
     if device is not None:
         reasons += _device_reasons(config, ep_config, ep_size, torch.device(device))
     return Report(not reasons, tuple(reasons))
@@ -68,6 +78,10 @@ def _device_reasons(
         reasons.append(
             f"weight_format={config.weight_format!r} runs on CPU only; use device='cpu' or weight_format='fp8'"
         )
+    if config.activation != "swiglu":
+        reasons.append(f"activation={config.activation!r} has no kernel yet; use device='cpu'")
+    if config.bias:
+        reasons.append("bias=True has no kernel yet; use device='cpu'")
     if not torch.cuda.is_available():
         return [
             *reasons,

@@ -121,7 +121,7 @@ def summary(lists_of_ranks: list[dict[tuple[int, str], list[Record]]]) -> dict:
 
     Keys: total_us; clock_step_ns (smallest distance of two records: the timer's grain); row_list_us, pushed_us,
     combined_us (last CTA to have its row list, to have sent its rows, whose exchange warp has combined; math warps that
-    help it are done by total_us); full_lists (lists that may
+    help it are done by total_us); exposed_us: see exposed(); full_lists (lists that may
     lack their end, as TRACE_RECORDS were written); roles: {role: {first_tile_us, last_tile_end_us, spans: {name:
     {count, mean_us, max_us, us_a_cta}}}}. ValueError without a record.
     """
@@ -165,9 +165,37 @@ def summary(lists_of_ranks: list[dict[tuple[int, str], list[Record]]]) -> dict:
         "row_list_us": last("list"),
         "pushed_us": last("pushed"),
         "combined_us": last("combined"),
+        "exposed_us": exposed(lists_of_ranks),
         "full_lists": sum(len(some) >= TRACE_RECORDS for lists in lists_of_ranks for some in lists.values()),
         "roles": roles,
     }
+
+
+EXPOSED = {"first_stage > k_loop": "tensor", "k_loop > staging": "epilogue", "staging > epilogue": "epilogue"}
+EXPOSED_WORDS = ("dispatch", "tensor", "epilogue", "waits", "combine")
+
+
+def exposed(lists_of_ranks: list[dict[tuple[int, str], list[Record]]]) -> dict[str, float]:
+    """What a CTA's time went to, as its first math warpgroup saw it, microseconds, mean over the CTAs; the words add up
+    to a CTA's whole time. dispatch: from the start to the first tile (plan included); tensor: k loops; epilogue; waits:
+    inside and between tiles; combine: after the last tile. A CTA without tiles is left out of all but dispatch and
+    combine, which share its time evenly."""
+    sums, ctas = dict.fromkeys(EXPOSED_WORDS, 0.0), 0
+    for lists in lists_of_ranks:
+        for (cta, role), plan in lists.items():
+            if role != "plan" or len(plan) < 2:
+                continue
+            ctas += 1
+            begin, end, math = plan[0], plan[-1], lists.get((cta, "math0"), [])
+            if not math:
+                sums["dispatch"] += (end.ns - begin.ns) / 2000
+                sums["combine"] += (end.ns - begin.ns) / 2000
+                continue
+            sums["dispatch"] += (math[0].ns - begin.ns) / 1000
+            sums["combine"] += (end.ns - math[-1].ns) / 1000
+            for a, b in pairwise(math):
+                sums[EXPOSED.get(f"{a.event} > {b.event}", "waits")] += (b.ns - a.ns) / 1000
+    return {word: total / max(ctas, 1) for word, total in sums.items()}
 
 
 def report(found: dict) -> str:
@@ -179,6 +207,7 @@ def report(found: dict) -> str:
     lines = [
         f"traced call {us(found['total_us'])} us; last row list {us(found['row_list_us'])}, last rows sent "
         f"{us(found['pushed_us'])}, last combine {us(found['combined_us'])} us; timer step {found['clock_step_ns']} ns",
+        "a CTA's time: " + ", ".join(f"{word} {us(value)}" for word, value in found["exposed_us"].items()) + " us",
         f"{'role':<9} {'from one record to the next':<28} {'count':>7} {'mean us':>9} {'max us':>9} {'us a CTA':>9}",
     ]
     for role, of_role in found["roles"].items():
@@ -199,16 +228,12 @@ def trace_call(config, num_tokens: int, virtual_ranks: int, prequantized: bool) 
     import torch
 
     from megamoe import EPConfig, MoELayer, Workspace
-    from megamoe.builds import kernel_build
     from megamoe.plan.tiles import choose_block_tokens
     from megamoe.testing.data import make_input, make_weights
-    from megamoe_cuda.compile import compile_kernel
-    from megamoe_cuda.launch import LoadedKernel, read_symbol_u32
 
     ep_config = EPConfig(num_tokens, virtual_ranks=virtual_ranks)
     ranks = range(virtual_ranks)
     block = choose_block_tokens(config, virtual_ranks, num_tokens)
-    build = kernel_build(block)
     with Workspace(config, ep_config, device="cuda") as workspace, MoELayer(config, workspace) as layer:
         weights = [make_weights(1, config, virtual_ranks, rank, "cuda") for rank in ranks]
         layer.load_weights(*([getattr(w, name) for w in weights]
@@ -231,9 +256,7 @@ def trace_call(config, num_tokens: int, virtual_ranks: int, prequantized: bool) 
         untraced_us = begin.elapsed_time(end) * 1000 / TIMED_CALLS
 
         fused, num_ctas = workspace.fused, workspace.fused.ctas_per_rank
-        cubin = compile_kernel(build.source, build.entry, build.defines | {"TRACE": 1}).cubin
-        shipped = fused.kernels[block]
-        traced = LoadedKernel(cubin, build.entry, read_symbol_u32(cubin, "mega_moe_shared_bytes"))
+        shipped, traced = fused.kernels[block], fused.load_kernel(block, TRACE=1)
         shape = num_ctas, len(TRACE_ROLES), TRACE_RECORDS, 2
         buffers = [torch.zeros(shape, dtype=torch.int64, device="cuda") for _ in ranks]
         fused.kernels[block] = traced
@@ -267,6 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(*names, type=int, default=default, help=f"default {default}")
     parser.add_argument("--bf16", action="store_true", help="bf16 input; default: prequantized")
     parser.add_argument("--out", default="megamoe.trace.json", metavar="FILE", help="default %(default)s")
+    parser.add_argument("--png", metavar="FILE", help="also draw it; without matplotlib, keep what a picture needs")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     given = parser.parse_args(argv)
 
@@ -290,6 +314,10 @@ def main(argv: list[str] | None = None) -> int:
     all_spans = [span for rank, lists in enumerate(lists_of_ranks) for span in spans(rank, lists)]
     with open(given.out, "w", encoding="utf-8") as file:
         json.dump(chrome_trace(all_spans, words), file)
+    if given.png:
+        from megamoe.trace_picture import picture
+
+        print(f"wrote {picture(all_spans, words, given.png)}", file=sys.stderr)
     if given.json:
         print(json.dumps({"case": words, "file": given.out} | found))
     else:

@@ -2,15 +2,19 @@
 together."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 import torch.distributed as dist
 
+from megamoe.call_order import call_order, next_workspace_index
 from megamoe.config import EPConfig, MoEConfig
-from megamoe.errors import MegaMoEError
+from megamoe.domains.places import Place, check_domains, domains_of, place_of
+from megamoe.errors import MegaMoEError, absent_ranks_named
 from megamoe.exchange import DistExchange, LocalExchange
+from megamoe.streams import StreamOwner
 from megamoe.support import support
+from megamoe_cuda.gather import gather
 
 
 class Workspace:
@@ -23,11 +27,13 @@ class Workspace:
     device: None = the current CUDA device if there is one, else CPU.
 
     Attributes: moe_configs, ep_config, ep_rank (0 with virtual ranks), ep_size, num_ranks_here, device, is_cuda, group,
-    poisoned (None, or the error after which calls are refused until reset()), exchange (CPU), fused (CUDA).
+    poisoned (None, or the error after which calls are refused until reset()), places (where each rank runs), and one of
+    exchange (CPU), fused (CUDA), domains (several NVLink domains).
 
     Construction, reset() and close() are collective. Configurations are compared between ranks here, once: ValueError
     on every rank names the differing field. What one rank cannot do is raised on all ranks, so that none is left
-    waiting.
+    waiting; MegaMoEError names a rank that does not come within ep_config.arrive_deadline_s (a rank that compiles
+    kernels meanwhile is waited for). Layers are made in the same order on every rank.
     """
 
     def __init__(
@@ -45,20 +51,38 @@ class Workspace:
         self.is_cuda = self.device.type == "cuda"
         self.poisoned: MegaMoEError | None = None
         self.closed = False
+        self.num_layers = 0  # made so far: a layer's number, by which ranks know each other's calls
         self.fused = None
         self.exchange = None
+        self.domains = None
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         self.group = group
         group_size = dist.get_world_size(group) if group is not None else 1
         self.ep_rank = dist.get_rank(group) if group is not None else 0
-        _compare_ranks(group, group_size, self._facts(), self._problem(group_size))
+        self.streams, self.order = StreamOwner(), call_order(group, ep_config.arrive_deadline_s)
+        self.index, self.layers = next_workspace_index(), []
         self.num_ranks_here = ep_config.virtual_ranks or 1
         self.ep_size = ep_config.virtual_ranks or group_size
-        if self.is_cuda:
-            from megamoe.engine_fused import FusedWorkspace  # only here: the CPU path must not need CUDA packages
+        with absent_ranks_named():
+            places = [place_of(self.ep_rank, self.device)]
+            if group_size > 1:
+                places = gather(group, "places", places[0], ep_config.arrive_deadline_s)
+            self.places = [Place(*place) for place in places]
+            self.ep_config, problem = self._with_domains()
+            problem = problem or self._problem(group_size)
+            _compare_ranks(group, group_size, self._facts(), problem, ep_config.arrive_deadline_s)
+        if self.ep_config.num_domains(self.ep_size) > 1:
+            from megamoe.domains.workspace import Domains
 
-            self.fused = FusedWorkspace(self)
+            self.domains = Domains(self, self.ep_config.ranks_per_domain)
+        elif self.is_cuda:
+            from megamoe.engine_fused import FusedWorkspace  # only here: the CPU path must not need CUDA packages
+            from megamoe.warmup import compile_once_a_node
+
+            with absent_ranks_named():
+                compile_once_a_node(self)
+                self.fused = FusedWorkspace(self)
         elif group_size > 1:
             self.exchange = DistExchange(group, ep_config.arrive_deadline_s, ep_config.step_deadline_s)
         else:
@@ -71,6 +95,31 @@ class Workspace:
         if self.poisoned is not None:
             raise MegaMoEError(f"an earlier call failed ({self.poisoned}); call workspace.reset() on all ranks first")
 
+    def use_stream(self, stream=None) -> None:
+        """Hand the workspace to another CUDA stream (None: the current one), which waits for the last call on the old.
+
+        Not needed where all calls come on one stream, or where the old stream is idle. No meaning on a CPU."""
+        if self.is_cuda:
+            self.streams.hand_over(stream or torch.cuda.current_stream(self.device))
+
+    def before_call(self, layer_index: int) -> None:
+        """What every call of a layer begins with: one stream at a time, the same order on all ranks (MEGAMOE_DEBUG)."""
+        if self.is_cuda:
+            stream = torch.cuda.current_stream(self.device)
+            self.streams.check(stream, torch.cuda.is_current_stream_capturing)
+        if self.order is not None:
+            self.order.compare(f"layer {layer_index} of workspace {self.index}")
+
+    def warmup(self) -> None:
+        """Run every layer that has weights once, without tokens: what loads on first use is then loaded. Collective.
+
+        Kernels are compiled before, by the constructor. Twice is harmless; a first call without it is only slower."""
+        self.check_open()
+        for layer in filter(None, (reference() for reference in self.layers)):
+            layer.warmup()
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
     def poison(self, error: MegaMoEError) -> None:
         """Refuse every call from now on until reset(). The first error is kept."""
         self.poisoned = self.poisoned or error
@@ -82,32 +131,62 @@ class Workspace:
         """
         if self.closed:
             raise MegaMoEError("the workspace is closed; create a new one")
-        if self.fused is not None:
-            self.fused.reset()
-        elif isinstance(self.exchange, DistExchange):
-            self.exchange.reset()
+        with absent_ranks_named():
+            if self.group is not None and self.ep_size > self.num_ranks_here:
+                gather(self.group, "reset", None, self.ep_config.arrive_deadline_s)
+            if self.fused is not None:
+                self.fused.reset()
+            elif isinstance(self.exchange, DistExchange):
+                self.exchange.reset()
+            elif self.domains is not None:
+                self.domains.reset()
         self.poisoned = None
 
     def close(self) -> None:
-        """Give the memory back. Collective on CUDA. Twice is harmless; layers on it must not be called any more."""
+        """Give the memory back. Collective on CUDA. Twice is harmless; layers on it must not be called any more.
+
+        MegaMoEError if a rank does not come: its memory may still be in use, so this process keeps its own until it
+        ends.
+        """
         if self.closed:
             return
         self.closed = True
         if self.fused is not None:
-            self.fused.close()
-            self.fused = None
+            fused, self.fused = self.fused, None
+            with absent_ranks_named():
+                fused.close()
         if isinstance(self.exchange, DistExchange):
             self.exchange.close()
+        if self.domains is not None:
+            self.domains.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        if kind is not None and self.fused is not None and self.ep_size > self.num_ranks_here:
-            self.closed = True  # peers may be gone: a collective close would hang and hide the error
-            self.fused.abandon()
+        if kind is not None and self.is_cuda and self.ep_size > self.num_ranks_here:
+            self.abandon()
         else:
             self.close()
+
+    def abandon(self) -> None:
+        """Let go on the way out of an exception: peers may be gone, and a collective close would hang and hide it."""
+        self.closed = True
+        if self.fused is not None:
+            self.fused.abandon()
+        if self.domains is not None:
+            self.domains.abandon()
+
+    def _with_domains(self) -> tuple[EPConfig, str | None]:
+        """ep_config with ranks_per_domain as found, and what is wrong with the domains, or None."""
+        try:
+            if self.ep_config.ranks_per_domain is None and self.ep_config.virtual_ranks is None:
+                size = check_domains(domains_of(self.places))
+                return replace(self.ep_config, ranks_per_domain=size), None
+            self.ep_config.num_domains(self.ep_size)
+        except ValueError as error:
+            return replace(self.ep_config, ranks_per_domain=None), str(error)
+        return self.ep_config, None
 
     def _facts(self) -> dict:
         facts = {f"ep_config.{name}": value for name, value in asdict(self.ep_config).items()}
@@ -125,6 +204,11 @@ class Workspace:
             return (
                 f"virtual_ranks={virtual_ranks} needs a group of one process, this one has {group_size}; "
                 "use virtual_ranks=None, or pass a one-rank group"
+            )
+        if self.ep_config.num_domains(self.ep_size) > 1 and 1 < group_size < dist.get_world_size():
+            return (
+                f"group has {group_size} of {dist.get_world_size()} ranks; several domains need a group of all, for "
+                "torch makes their subgroups with all: start fewer ranks, or pass group=None"
             )
         for config in self.moe_configs:
             report = support(config, self.ep_config, self.device, ep_size=virtual_ranks or group_size)
@@ -153,11 +237,10 @@ def _device(device: torch.device | str | None) -> torch.device:
     return device
 
 
-def _compare_ranks(group, group_size: int, facts: dict, problem: str | None) -> None:
+def _compare_ranks(group, group_size: int, facts: dict, problem: str | None, deadline_s: float) -> None:
     everyone = [(facts, problem)]
     if group_size > 1:
-        everyone = [None] * group_size
-        dist.all_gather_object(everyone, (facts, problem), group=group)
+        everyone = gather(group, "workspace", (facts, problem), deadline_s)
     for ep_rank, (_, their_problem) in enumerate(everyone):
         if their_problem is not None:
             raise ValueError(their_problem if group_size == 1 else f"rank {ep_rank}: {their_problem}")

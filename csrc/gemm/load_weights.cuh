@@ -22,6 +22,24 @@ MOE_DEVICE const u8* first_image(const Launch& l, const TileSlot& t) {
            (u64(t.expert) * n_blocks + t.n_block) * k_blocks_of(l, t) * u64(kImagePitchBytes);
 }
 
+// Only a hint, given while the plan is made: asks the L2 cache for the first images of what is this CTA's first tile if
+// every expert has one block of rows (megamoe/plan/tiles.py says when that is likely). Not before the heads are here:
+// HBM would be busy with this when they are read (measured: the plan took 8 us longer).
+template <class C>
+MOE_DEVICE void prefetch_first_tile(const Launch& l) {
+    const u32 n_blocks = l.n_blocks1(), experts = l.p.num_local_experts, k_blocks = l.p.hidden / kKBlock;
+    u32 expert = l.cta / n_blocks, n_block = l.cta % n_blocks;
+    if constexpr (C::kCluster > 1) {
+        const u32 pair = l.cta / 2, group = min_u32(l.p.order_group, experts);
+        expert = pair % group, n_block = 2 * (pair / group) + l.cta % 2;
+    }
+    const u32 stages = min_u32(static_cast<u32>(l.p.prefetch_stages), k_blocks);
+    if (stages == 0 || expert >= experts || n_block >= n_blocks) return;
+    ptx::bulk_prefetch_l2(
+        reinterpret_cast<const u8*>(l.me.linear1) + (u64(expert) * n_blocks + n_block) * k_blocks * kImagePitchBytes,
+        stages * kImagePitchBytes);
+}
+
 // Announces tile `number`, or the end. Readers: every other role of linear1 and linear2.
 template <class C>
 MOE_DEVICE void announce(const Launch& l, SharedStorage<C>& s, u32 ticket, u32 number) {
@@ -42,7 +60,7 @@ MOE_DEVICE void announce(const Launch& l, SharedStorage<C>& s, u32 ticket, u32 n
 // CTA's barrier, and both CTAs' math warps have released the stage before either is sent.
 template <class C>
 MOE_DEVICE void load_image(const Launch& l, SharedStorage<C>& s, const u8* image, u32 stage, bool shares) {
-    const u64 policy = ptx::policy_evict_first();
+    const u64 policy = C::kWeightsOnM ? ptx::policy_evict_first() : ptx::policy_evict_normal();
     u64* full = &s.weights_full[stage];
     u8* to = s.stages[stage].weights;
     ptx::mbarrier_arrive_expect_tx(full, kImageCopyBytes);
@@ -86,7 +104,7 @@ struct Tickets {
 template <class C>
 MOE_DEVICE void load_weights(const Launch& l, SharedStorage<C>& s) {
     constexpr u32 kAnnounceAt = 2;
-    s.num_tickets = num_tickets(l, s);
+    count_tickets(l, s);
     RingPosition<kStages<C>> stage;
     Tickets<C> draws;
     announce(l, s, s.healthy ? l.cta / C::kCluster : s.num_tickets, 0);

@@ -80,10 +80,45 @@ MOE_DEVICE void accumulate_stage_weights_on_m(Accumulator<C>& out, const Stage& 
     release_stage<C::kCluster>(empty, lane);
 }
 
-// linear1: 8 gate columns, then 8 up columns; linear2: a half of 128 columns shares one scale factor.
-MOE_DEVICE void promote_tokens_on_m(f32 (&sum)[64], const f32 (&acc)[64], f32 even, f32 odd, f32 row_low,
-                                    f32 row_high) {
-    const f32 scale[2][2] = {{row_low * even, row_high * even}, {row_low * odd, row_high * odd}};
+template <class C>
+MOE_DEVICE void wait_stage(SharedStorage<C>& s, const RingPosition<kStages<C>>& stage) {
+    wait_mbarrier(&s.weights_full[stage.slot()], stage.consumer_parity());
+    wait_mbarrier(&s.tokens_full[stage.slot()], stage.consumer_parity());
+}
+
+template <class C>
+MOE_DEVICE void accumulate_weights_on_m(const Launch& l, SharedStorage<C>& s, Accumulator<C>& out,
+                                        RingPosition<kStages<C>>& stage, const TileSlot& t, u32 k_blocks) {
+    const u32 lane = lane_id(), warp = warp_id(), warpgroup = __shfl_sync(~0u, warp / 4, 0);
+    const bool second = t.kind == kTile_linear2;
+    for (u32 k = 0; k < k_blocks; ++k) {
+        wait_stage(s, stage);
+        if (k == 0 && warp % 4 == 0) trace(l, s, kTrace_math0 + warpgroup, kEvent_first_stage, t.number);
+        if (!second) ptx::fence_proxy_async_shared();  // gathered rows were written by the generic proxy
+        accumulate_stage_weights_on_m(out, s.stages[stage.slot()], warpgroup, second, lane,
+                                      &s.stage_empty[stage.slot()]);
+        stage.advance();
+    }
+}
+
+// Scale factors of a thread's two rows, and of the half's even and odd 8-column blocks. linear1: 8 gate columns, then 8
+// up columns; linear2: a half of 128 columns shares one.
+struct Scales {
+    f32 low, high, even, odd;
+};
+
+template <class Stage>
+MOE_DEVICE Scales read_scales(const Stage& stage, bool second, u32 half) {
+    const u32 row = warp_id() * 16 + lane_id() / 4;
+    const f32 sf0 = stage.weights_sf[0], sf1 = stage.weights_sf[1];
+    return {stage.tokens_sf[row], stage.tokens_sf[row + 8], second && half ? sf1 : sf0, second && !half ? sf0 : sf1};
+}
+
+// Products only from here on: the assembler would wait for the loads between two instructions of the tensor cores.
+MOE_DEVICE void computed_here(Scales& f) { asm volatile("" : "+f"(f.low), "+f"(f.high), "+f"(f.even), "+f"(f.odd)); }
+
+MOE_DEVICE void promote_tokens_on_m(f32 (&sum)[64], const f32 (&acc)[64], const Scales& f) {
+    const f32 scale[2][2] = {{f.low * f.even, f.high * f.even}, {f.low * f.odd, f.high * f.odd}};
 #pragma unroll
     for (u32 j = 0; j < 16; ++j) {
         sum[4 * j + 0] += acc[4 * j + 0] * scale[j % 2][0];
@@ -93,27 +128,47 @@ MOE_DEVICE void promote_tokens_on_m(f32 (&sum)[64], const f32 (&acc)[64], f32 ev
     }
 }
 
-template <class C, class Stage>
-MOE_DEVICE void accumulate_stage_tokens_on_m(Accumulator<C>& out, const Stage& stage, u32 warpgroup, bool second,
-                                             u32 lane, u64* empty) {
-    f32 acc[64];
-    const u32 row = warp_id() * 16 + lane / 4;
+// A warpgroup's 64 rows by the half's 128 weight rows.
+template <class Stage>
+MOE_DEVICE void issue_half(f32 (&acc)[64], const Stage& stage, u32 half) {
     const u32 base = __shfl_sync(~0u, ptx::shared_address(stage.tokens), 0);  // uniform: descriptors cost one move each
+    const u32 warpgroup = __shfl_sync(~0u, warp_id() / 4, 0);
     const u64 a = ptx::descriptor_k_major_128b(base + warpgroup * kSlabBytes);
-    const u64 b = ptx::descriptor_k_major_128b(base + C::kTokensBytes);
-    const f32 row_low = stage.tokens_sf[row], row_high = stage.tokens_sf[row + 8];
-    const f32 sf0 = stage.weights_sf[0], sf1 = stage.weights_sf[1];
-#pragma unroll
-    for (u32 half = 0; half < 2; ++half) {
-        ptx::wgmma_fence_operands(acc);
-        ptx::wgmma_fence();
-        mma_k_block<128>(acc, a, b + half * (2 * kSlabBytes >> 4));
-        ptx::wgmma_commit();
+    const u64 b = ptx::descriptor_k_major_128b(base + 2 * kSlabBytes);
+    ptx::wgmma_fence_operands(acc);
+    ptx::wgmma_fence();
+    mma_k_block<128>(acc, a, b + half * (2 * kSlabBytes >> 4));
+    ptx::wgmma_commit();
+}
+
+// Two halves of 128 weight rows share one set of accumulators: a half is multiplied, then promoted. What else a stage
+// needs is done while the tensor cores work: scale factors are read, the next stage is waited for. In line, all of it
+// took 1900 cycles a stage, of which the tensor cores need 1024 for both warpgroups (benchmarks/notes/0004).
+template <class C>
+MOE_DEVICE void accumulate_tokens_on_m(const Launch& l, SharedStorage<C>& s, Accumulator<C>& out,
+                                       RingPosition<kStages<C>>& stage, const TileSlot& t, u32 k_blocks) {
+    const bool second = t.kind == kTile_linear2;
+    wait_stage(s, stage);
+    if (warp_id() % 4 == 0) trace(l, s, kTrace_math0 + warp_id() / 4, kEvent_first_stage, t.number);
+#pragma unroll 1
+    for (u32 left = k_blocks; left != 0;) {
+        f32 acc[64];
+        issue_half(acc, s.stages[stage.slot()], 0);
+        Scales scales = read_scales(s.stages[stage.slot()], second, 0);
         ptx::wgmma_wait<0>();
         ptx::wgmma_fence_operands(acc);
-        if (half == 1) release_stage<C::kCluster>(empty, lane);
-        promote_tokens_on_m(out.sum[half], acc, second && half ? sf1 : sf0, second && !half ? sf0 : sf1, row_low,
-                            row_high);
+        computed_here(scales);
+        promote_tokens_on_m(out.sum[0], acc, scales);
+        issue_half(acc, s.stages[stage.slot()], 1);
+        scales = read_scales(s.stages[stage.slot()], second, 1);
+        const u32 done = stage.slot();
+        stage.advance();
+        if (--left != 0) wait_stage(s, stage);
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_fence_operands(acc);
+        release_stage<C::kCluster>(&s.stage_empty[done], lane_id());
+        computed_here(scales);
+        promote_tokens_on_m(out.sum[1], acc, scales);
     }
 }
 
@@ -121,27 +176,13 @@ MOE_DEVICE void accumulate_stage_tokens_on_m(Accumulator<C>& out, const Stage& s
 template <class C>
 MOE_DEVICE void accumulate(const Launch& l, SharedStorage<C>& s, Accumulator<C>& out, RingPosition<kStages<C>>& stage,
                            const TileSlot& t) {
-    const u32 lane = lane_id(), warp = warp_id(), warpgroup = __shfl_sync(~0u, warp / 4, 0);
-    const bool second = t.kind == kTile_linear2;
-    const u32 k_blocks = (second ? l.p.intermediate : l.p.hidden) / kKBlock;
+    const u32 k_blocks = (t.kind == kTile_linear2 ? l.p.intermediate : l.p.hidden) / kKBlock;
 #pragma unroll
     for (u32 part = 0; part < 2; ++part)
 #pragma unroll
         for (u32 i = 0; i < Accumulator<C>::kN / 2; ++i) out.sum[part][i] = 0;
-    for (u32 k = 0; k < k_blocks; ++k) {
-        wait_mbarrier(&s.weights_full[stage.slot()], stage.consumer_parity());
-        wait_mbarrier(&s.tokens_full[stage.slot()], stage.consumer_parity());
-        if (k == 0 && warp % 4 == 0) trace(l, s, kTrace_math0 + warpgroup, kEvent_first_stage, t.number);
-        if constexpr (C::kWeightsOnM) {
-            if (!second) ptx::fence_proxy_async_shared();  // gathered rows were written by the generic proxy
-            accumulate_stage_weights_on_m(out, s.stages[stage.slot()], warpgroup, second, lane,
-                                          &s.stage_empty[stage.slot()]);
-        } else {
-            accumulate_stage_tokens_on_m(out, s.stages[stage.slot()], warpgroup, second, lane,
-                                         &s.stage_empty[stage.slot()]);
-        }
-        stage.advance();
-    }
+    if constexpr (C::kWeightsOnM) accumulate_weights_on_m(l, s, out, stage, t, k_blocks);
+    else accumulate_tokens_on_m(l, s, out, stage, t, k_blocks);
 }
 
 }  // namespace moe

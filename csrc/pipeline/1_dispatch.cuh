@@ -3,6 +3,7 @@
 // sched/table.cuh (head_ready); wait_rows in gemm/gather_tokens.cuh and permute_rows in 1_permute.cuh (x_ready).
 #pragma once
 #include "config.cuh"
+#include "debug/faults.cuh"
 #include "ptx/convert.cuh"
 #include "roles.cuh"
 #include "sched/replica.cuh"
@@ -59,15 +60,15 @@ MOE_DEVICE void push_head(const Launch& l) {
             const i32 id = table_idx(l, read_topk_idx(l, i));
             const f32 weight = read_topk_weight(l, i);
             for (u32 dst = 0; dst < l.p.ep_size; ++dst) {
-                l.head_idx(dst, me)[i] = id;
+                l.head_idx(dst, me)[i] = MOE_FAULT(l, routing, id);
                 l.head_weights(dst, me)[i] = weight;
             }
         }
-        if (slice == 0 && lane < l.p.ep_size) *l.head_num_tokens(lane, me) = num_tokens;
+        if (slice == 0 && lane < l.p.ep_size) *l.head_num_tokens(lane, me) = MOE_FAULT(l, count, num_tokens);
         __syncwarp();
         if (lane < l.p.ep_size) {
             ptx::fence_acq_rel_sys();  // cumulative over the warp's stores, ordered before it by the warp barrier
-            ptx::st_relaxed_sys(l.head_ready(lane, me, slice), l.epoch);
+            ptx::st_relaxed_sys(l.head_ready(lane, me, slice), MOE_FAULT(l, head, l.epoch));
         }
     }
 }
@@ -166,7 +167,8 @@ MOE_DEVICE void push_rows(const Launch& l, SharedStorage<C>& s) {
         ptx::fence_acq_rel_sys();
         for (u32 b = 0; b < kBatch; ++b) {
             const u32 mask = __shfl_sync(~0u, masks, b);
-            if (mask >> lane & 1) ptx::st_relaxed_sys(l.x_ready(lane, me, first + b * stride), l.epoch);
+            if (mask >> lane & 1)
+                ptx::st_relaxed_sys(l.x_ready(lane, me, first + b * stride), MOE_FAULT(l, rows, l.epoch));
         }
     }
 }

@@ -72,8 +72,7 @@ MOE_DEVICE bool wait_row(const Launch& l, u32 name) {
     return __all_sync(~0u, here);
 }
 
-// The exchange warps, in the list's order, which is the order of the tiles but for experts' odd blocks. 32 rows are
-// looked up at once, a lane each.
+// The exchange warps, in the list's order, which is the order of the tiles. 32 rows are looked up at once, a lane each.
 template <class C>
 MOE_DEVICE void permute_rows(const Launch& l, SharedStorage<C>& s) {
     while (!ptx::ld_acquire_cta_shared(&s.plan_done)) {  // set however the plan ends

@@ -2,6 +2,7 @@
 // rows to their owners; the last tile of a token block raises combine_ready for all its rows.
 #pragma once
 #include "config.cuh"
+#include "debug/faults.cuh"
 #include "debug/trace.cuh"
 #include "ptx/copy.cuh"
 #include "roles.cuh"
@@ -38,7 +39,7 @@ MOE_DEVICE void store_h(const Launch& l, SharedStorage<C>& s, const TileSlot& t,
         if (!publish || group + 1 < C::kStagingGroups) continue;
         ptx::bulk_wait_all();
         ptx::fence_proxy_async_global();
-        ptx::st_release_gpu(l.h_ready(t.m_block) + t.n_block, l.epoch);  // partner: load_linear2
+        ptx::st_release_gpu(l.h_ready(t.m_block) + t.n_block, MOE_FAULT(l, h, l.epoch));  // partner: load_linear2
     }
     __syncwarp();
 }
@@ -81,7 +82,7 @@ MOE_DEVICE void store_rows(const Launch& l, SharedStorage<C>& s, const TileSlot&
     for (u32 r = lane; r < t.row_count; r += 32) {
         const u32 row = rows[r];
         ptx::st_relaxed_sys(l.combine_ready(row_src_rank(row), row_token(row), row_slot(row)),
-                            l.epoch);  // partner: drop_arrived
+                            MOE_FAULT(l, combine, l.epoch));  // partner: drop_arrived
     }
 }
 

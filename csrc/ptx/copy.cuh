@@ -5,7 +5,13 @@
 
 namespace moe::ptx {
 
-// Weights are read once per wave of token blocks: evict them first, so that activations keep the L2 cache.
+// Weights that one token block reads: evict them first, so that activations keep the L2 cache. Weights that many blocks
+// read within some us: evicted first, they come from HBM again (1.4 % of a call of 8192 tokens).
+MOE_DEVICE u64 policy_evict_normal() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
 MOE_DEVICE u64 policy_evict_first() {
     u64 policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -32,6 +38,9 @@ MOE_DEVICE void bulk_load_pair(void* shared, const void* global, u32 bytes, u64*
         "%2, [%3], %4, %5;" ::"r"(shared_address(shared)),
         "l"(global), "r"(bytes), "r"(shared_address(bar)), "h"(static_cast<u16>(3)), "l"(policy)
         : "memory");
+}
+MOE_DEVICE void bulk_prefetch_l2(const void* global, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
 MOE_DEVICE void bulk_store(void* global, const void* shared, u32 bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),

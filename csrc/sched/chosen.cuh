@@ -116,7 +116,8 @@ MOE_DEVICE bool build_chosen_list(const Launch& l, SharedStorage<C>& s, const Re
     static_assert(sizeof(ChosenScratch) <= C::kStageBytes);
     const u32 warp = thread / 32, lane = thread % 32, num_logical = map.num_logical();
     for (u32 i = thread; i < kPlanWarps * kMaxLogicalExperts; i += kThreads) scratch.histogram[0][i] = 0;
-    if (!wait_heads(l, s, thread)) return false;
+    ptx::named_barrier_sync<kBarrierPlan, kThreads>();
+
     const TableRange range = table_range(l, s, warp);
     u32* histogram = scratch.histogram[warp];
 

@@ -47,6 +47,10 @@ struct TileOrder {
     }
 };
 
+// Two sequences merged in proportion, each in its own order: how many of the first `count` come from the first one.
+// ratio = ceil(2^32 first / all), and both are there.
+MOE_HOST_DEVICE u32 merged_first(u32 count, u32 ratio) { return static_cast<u32>(u64(count) * ratio >> 32); }
+
 // Last index e with offsets[e] <= x: the expert of a token block. offsets has count + 1 entries; empty experts are
 // skipped.
 template <class T>

@@ -18,13 +18,12 @@ MOE_DEVICE void count_load(const Launch& l, SharedStorage<C>& s, u32 thread) {
     if (expert < map.num_logical()) served[expert] += rows;
 }
 
-// Called by all plan threads. False: the launch is lost.
+// Called by all plan threads, when the heads are here. False: the launch is lost.
 template <class C>
 MOE_DEVICE bool plan_rows(const Launch& l, SharedStorage<C>& s, u32 thread) {
-    if (!l.me.replica_map) return build_row_list(l, s, thread);
     const bool done =
         chosen_by_counts(l) ? build_chosen_list(l, s, replica_map(l), thread) : build_row_list(l, s, thread);
-    if (done) count_load(l, s, thread);
+    if (done && l.me.replica_map) count_load(l, s, thread);
     return done;
 }
 

@@ -166,14 +166,14 @@ MOE_DEVICE u32 sum_counts(const Launch& l, PlanScratch& scratch, u32 thread) {
     return thread < kMaxLocalExperts ? scratch.before[thread] : 0;
 }
 
-// Called by all plan threads. False: the launch is lost.
+// Called by all plan threads, when the heads are here. False: the launch is lost.
 template <class C>
 MOE_DEVICE bool build_row_list(const Launch& l, SharedStorage<C>& s, u32 thread) {
     PlanScratch& scratch = *reinterpret_cast<PlanScratch*>(&s.stages[kStages<C> - 1]);
     static_assert(sizeof(PlanScratch) <= C::kStageBytes);
     const u32 warp = thread / 32, lane = thread % 32;
     for (u32 i = thread; i < kPlanWarps * kMaxLocalExperts; i += kPlanWarps * 32) scratch.histogram[0][i] = 0;
-    if (!wait_heads(l, s, thread)) return false;
+    ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
 
     const auto [small, warp_begin, warp_end] = table_range(l, s, warp);
     u32* histogram = scratch.histogram[warp];

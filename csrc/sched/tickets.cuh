@@ -1,6 +1,7 @@
 // From ticket to tile: what this CTA does next. With clusters a ticket is a pair of tiles of one linear, so that both
 // CTAs walk their stages in step: two token blocks of an expert against one weight block, or, where an expert has a
-// block left over, that block against two weight blocks. All pairs come first, then the left-over blocks.
+// block left over, that block against two weight blocks. Both kinds advance together: pairs are bound by the tensor
+// cores and left-over blocks by their weights, and what both need of an expert meets in the L2 cache.
 #pragma once
 #include "config.cuh"
 #include "sched/order.cuh"
@@ -8,14 +9,19 @@
 
 namespace moe {
 
+// One thread, once a launch.
 template <class C>
-MOE_DEVICE u32 num_tickets(const Launch& l, const SharedStorage<C>& s) {
+MOE_DEVICE void count_tickets(const Launch& l, SharedStorage<C>& s) {
     const u32 n1 = l.n_blocks1(), n2 = l.n_blocks2();
     if constexpr (C::kCluster == 1) {
-        return s.num_m_blocks * (n1 + n2);
+        s.num_tickets = s.num_m_blocks * (n1 + n2);
     } else {
-        const u32 pairs = s.pair_offset[kMaxLocalExperts], singles = s.single_offset[kMaxLocalExperts];
-        return pairs * (n1 + n2) + singles * (ceil_div(n1, 2) + ceil_div(n2, 2));
+        const u32 pairs = s.pair_offset[kMaxLocalExperts] * (n1 + n2);
+        const u32 singles = s.single_offset[kMaxLocalExperts] * (ceil_div(n1, 2) + ceil_div(n2, 2));
+        s.num_tickets = pairs + singles;
+        s.only_pairs = singles == 0;
+        s.pair_ratio =
+            singles == 0 ? 0 : static_cast<u32>(((u64(pairs) << 32) + pairs + singles - 1) / (pairs + singles));
     }
 }
 
@@ -26,12 +32,12 @@ MOE_DEVICE void tile_of_ticket(const Launch& l, const SharedStorage<C>& s, u32 t
     const u16* offsets = s.block_offset;
     bool single = false;
     if constexpr (C::kCluster > 1) {
-        order.num_m_blocks = s.pair_offset[kMaxLocalExperts];
-        single = ticket >= order.num_tiles();
+        const u32 pairs = merged_first(ticket, s.pair_ratio);
+        single = !s.only_pairs && merged_first(ticket + 1, s.pair_ratio) == pairs;
         offsets = single ? s.single_offset : s.pair_offset;
+        order.num_m_blocks = offsets[kMaxLocalExperts];
+        if (!s.only_pairs) ticket = single ? ticket - pairs : pairs;
         if (single) {
-            ticket -= order.num_tiles();
-            order.num_m_blocks = s.single_offset[kMaxLocalExperts];
             order.n_blocks1 = ceil_div(order.n_blocks1, 2), order.n_blocks2 = ceil_div(order.n_blocks2, 2);
         }
     }

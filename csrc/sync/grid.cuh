@@ -11,7 +11,7 @@ MOE_DEVICE bool grid_rendezvous(const Launch& l, u32* words, u32 thread, u32* he
     ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
     if (thread == 0) {
         ptx::fence_acq_rel_gpu();  // cumulative over the CTA's stores, ordered before it by the barrier
-        ptx::st_release_gpu(words + l.cta, l.epoch);
+        ptx::st_relaxed_gpu(words + l.cta, l.epoch);
     }
     for (u32 other = thread; other < l.num_ctas; other += kPlanWarps * 32) {
         if (!wait_acquire_gpu(l, words + other, l.p.step_deadline_ns, {kRole_plan, kStep_plan, index})) *healthy = 0;

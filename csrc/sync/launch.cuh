@@ -1,5 +1,6 @@
 // Where a CTA stands: its rank, its place among the rank's CTAs, the launch number, and typed access to the regions.
 #pragma once
+#include "debug/check.cuh"
 #include "params.gen.cuh"
 #include "ptx/ld_st.cuh"
 
@@ -42,57 +43,86 @@ struct Launch {
         return reinterpret_cast<T*>(me.local + offset);
     }
 
+#ifdef DEBUG_CHECKS
+    template <class T>
+    MOE_DEVICE T* checked_in(u32 region, u32 rank, T* address, u64 bytes) const {
+        const u64 base = region >= kRegion_control ? me.local : rank < p.ep_size ? p.arena[rank] : 0;
+        return reinterpret_cast<T*>(checked(p, me, region, base, reinterpret_cast<u64>(address), bytes));
+    }
+#endif
+
     // Symmetric regions of `rank` (a peer, or ourselves).
-    MOE_DEVICE u32* abort_word(u32 rank) const { return at<u32>(rank, p.off_abort); }
+    MOE_DEVICE u32* abort_word(u32 rank) const { return MOE_REGION(abort, rank, 4, at<u32>(rank, p.off_abort)); }
     MOE_DEVICE u32* head_ready(u32 rank, u32 src, u32 slice) const {
-        return at<u32>(rank, p.off_head_ready) + (bank() * p.ep_size + src) * p.slices + slice;
+        return MOE_REGION(head_ready, rank, 4,
+                          at<u32>(rank, p.off_head_ready) + (bank() * p.ep_size + src) * p.slices + slice);
     }
     MOE_DEVICE u32* head_num_tokens(u32 rank, u32 src) const {
-        return at<u32>(rank, p.off_head_num_tokens) + bank() * p.ep_size + src;
+        return MOE_REGION(head_num_tokens, rank, 4, at<u32>(rank, p.off_head_num_tokens) + bank() * p.ep_size + src);
     }
     MOE_DEVICE i32* head_idx(u32 rank, u32 src) const {
-        return at<i32>(rank, p.off_head_idx) + (bank() * p.ep_size + src) * p.head_pitch;
+        return MOE_REGION(head_idx, rank, 4, at<i32>(rank, p.off_head_idx) + (bank() * p.ep_size + src) * p.head_pitch);
     }
     MOE_DEVICE f32* head_weights(u32 rank, u32 src) const {
-        return at<f32>(rank, p.off_head_weights) + (bank() * p.ep_size + src) * p.head_pitch;
+        return MOE_REGION(head_weights, rank, 4,
+                          at<f32>(rank, p.off_head_weights) + (bank() * p.ep_size + src) * p.head_pitch);
     }
     MOE_DEVICE u32* x_ready(u32 rank, u32 src, u32 token) const {
-        return at<u32>(rank, p.off_x_ready) + u64(src) * p.capacity + token;
+        return MOE_REGION(x_ready, rank, 4, at<u32>(rank, p.off_x_ready) + u64(src) * p.capacity + token);
     }
     MOE_DEVICE u8* recv_x(u32 rank, u32 src, u32 token) const {
-        return at<u8>(rank, p.off_recv_x) + src * p.recv_x_pitch + u64(token) * p.hidden;
+        return MOE_REGION(recv_x, rank, p.hidden,
+                          at<u8>(rank, p.off_recv_x) + src * p.recv_x_pitch + u64(token) * p.hidden);
     }
     MOE_DEVICE f32* recv_x_sf(u32 rank, u32 src, u32 token) const {
-        return reinterpret_cast<f32*>(at<u8>(rank, p.off_recv_x_sf) + src * p.recv_x_sf_pitch) +
-               u64(token) * (p.hidden / kKBlock);
+        return MOE_REGION(recv_x_sf, rank, p.hidden / kKBlock * 4,
+                          reinterpret_cast<f32*>(at<u8>(rank, p.off_recv_x_sf) + src * p.recv_x_sf_pitch) +
+                              u64(token) * (p.hidden / kKBlock));
     }
     MOE_DEVICE u16* combine_y(u32 rank, u32 token, u32 slot) const {
-        return at<u16>(rank, p.off_combine_y) + (u64(token) * p.topk + slot) * p.hidden;
+        return MOE_REGION(combine_y, rank, p.hidden * 2,
+                          at<u16>(rank, p.off_combine_y) + (u64(token) * p.topk + slot) * p.hidden);
     }
     MOE_DEVICE u32* combine_ready(u32 rank, u32 token, u32 slot) const {
-        return at<u32>(rank, p.off_combine_ready) + u64(token) * kMaxTopk + slot;
+        return MOE_REGION(combine_ready, rank, 4, at<u32>(rank, p.off_combine_ready) + u64(token) * kMaxTopk + slot);
     }
 
     // Local regions.
-    MOE_DEVICE u32* epoch_word() const { return local<u32>(p.off_control); }
-    MOE_DEVICE u32* exit_counter() const { return local<u32>(p.off_control) + 1; }
-    MOE_DEVICE u32* ticket_counter() const { return local<u32>(p.off_control) + 2; }
-    MOE_DEVICE u32* record() const { return local<u32>(p.off_record); }
-    MOE_DEVICE u32* range_ready(u32 other) const { return local<u32>(p.off_range_ready) + other; }
-    MOE_DEVICE u32* list_ready(u32 other) const { return local<u32>(p.off_list_ready) + other; }
-    MOE_DEVICE u32* range_count(u32 other) const { return local<u32>(p.off_range_count) + other * kMaxLogicalExperts; }
-    MOE_DEVICE i32* chosen(u32 token) const { return local<i32>(p.off_chosen) + u64(token) * p.topk; }
-    MOE_DEVICE u32* row_list() const { return local<u32>(p.off_row_list); }
+    MOE_DEVICE u32* epoch_word() const { return MOE_REGION(control, 0, 4, local<u32>(p.off_control)); }
+    MOE_DEVICE u32* exit_counter() const { return MOE_REGION(control, 0, 4, local<u32>(p.off_control) + 1); }
+    MOE_DEVICE u32* ticket_counter() const { return MOE_REGION(control, 0, 4, local<u32>(p.off_control) + 2); }
+    MOE_DEVICE u32* record() const { return MOE_REGION(record, 0, 32, local<u32>(p.off_record)); }
+    MOE_DEVICE u32* range_ready(u32 other) const {
+        return MOE_REGION(range_ready, 0, 4, local<u32>(p.off_range_ready) + other);
+    }
+    MOE_DEVICE u32* list_ready(u32 other) const {
+        return MOE_REGION(list_ready, 0, 4, local<u32>(p.off_list_ready) + other);
+    }
+    MOE_DEVICE u32* range_count(u32 other) const {
+        return MOE_REGION(range_count, 0, kMaxLogicalExperts * 4,
+                          local<u32>(p.off_range_count) + other * kMaxLogicalExperts);
+    }
+    MOE_DEVICE i32* chosen(u32 token) const {
+        return MOE_REGION(chosen, 0, p.topk * 4, local<i32>(p.off_chosen) + u64(token) * p.topk);
+    }
+    MOE_DEVICE u32* row_list() const { return MOE_REGION(row_list, 0, 4, local<u32>(p.off_row_list)); }
     MOE_DEVICE u32* h_ready(u32 m_block) const {
-        return local<u32>(p.off_h_ready) + u64(m_block) * (p.intermediate / kKBlock);
+        return MOE_REGION(h_ready, 0, p.intermediate / kKBlock * 4,
+                          local<u32>(p.off_h_ready) + u64(m_block) * (p.intermediate / kKBlock));
     }
-    MOE_DEVICE u32* x_image_ready(u32 row) const { return local<u32>(p.off_x_image_ready) + row; }
+    MOE_DEVICE u32* block_done(u32 m_block) const {
+        return MOE_REGION(block_done, 0, 4, local<u32>(p.off_block_done) + m_block);
+    }
+    MOE_DEVICE u32* x_image_ready(u32 row) const {
+        return MOE_REGION(x_image_ready, 0, 4, local<u32>(p.off_x_image_ready) + row);
+    }
     MOE_DEVICE u8* x_image(u32 m_block, u32 k_block, u32 image_bytes) const {
-        return local<u8>(p.off_x_image) + (u64(m_block) * (p.hidden / kKBlock) + k_block) * image_bytes;
+        return MOE_REGION(x_image, 0, image_bytes,
+                          local<u8>(p.off_x_image) + (u64(m_block) * (p.hidden / kKBlock) + k_block) * image_bytes);
     }
-    MOE_DEVICE u32* block_done(u32 m_block) const { return local<u32>(p.off_block_done) + m_block; }
     MOE_DEVICE u8* h_image(u32 m_block, u32 k_block, u32 image_bytes) const {
-        return local<u8>(p.off_h) + (u64(m_block) * (p.intermediate / kKBlock) + k_block) * image_bytes;
+        return MOE_REGION(h, 0, image_bytes,
+                          local<u8>(p.off_h) + (u64(m_block) * (p.intermediate / kKBlock) + k_block) * image_bytes);
     }
 
     MOE_DEVICE u32 n_blocks1() const { return p.intermediate / 128; }

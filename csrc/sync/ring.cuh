@@ -8,14 +8,14 @@ namespace moe {
 template <u32 kSlots>
 struct RingPosition {
     u32 slot_and_phase = 0;
-    MOE_DEVICE u32 slot() const { return slot_and_phase >> 1; }
-    MOE_DEVICE void advance() {
+    MOE_HOST_DEVICE u32 slot() const { return slot_and_phase >> 1; }
+    MOE_HOST_DEVICE void advance() {
         slot_and_phase += 2;
         if (slot_and_phase >= 2 * kSlots) slot_and_phase = (slot_and_phase & 1) ^ 1;
     }
-    MOE_DEVICE u32 consumer_parity() const { return slot_and_phase & 1; }
+    MOE_HOST_DEVICE u32 consumer_parity() const { return slot_and_phase & 1; }
     // A producer finds a fresh ring free: it waits for the phase before the first.
-    MOE_DEVICE u32 producer_parity() const { return (slot_and_phase & 1) ^ 1; }
+    MOE_HOST_DEVICE u32 producer_parity() const { return (slot_and_phase & 1) ^ 1; }
 };
 
 }  // namespace moe

@@ -4,6 +4,7 @@ Their parameters stay on the meta device (no memory), and `enable(model, checkpo
 them: a rank never holds, or reads, the other ranks' experts.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megamoe.checkpoint import Checkpoint, CheckpointError
+from megamoe.checkpoint_layouts import FILE_NAMES
 from megamoe.config import BLOCK
 from megamoe.integrations.experts import experts_modules
 
@@ -31,18 +33,24 @@ def load_without_experts(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     experts = tuple(f"{name}." for name, _ in experts_modules(model))
     wanted = {name: p for name, p in model.state_dict(keep_vars=True).items() if not name.startswith(experts)}
-    present = {name for name in checkpoint.names if not name.startswith(experts)}
+    # Layers of a checkpoint that transformers leaves aside, such as DeepSeek-V3's for multi-token prediction
+    left_out = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    present = {
+        _module_name(name): name for name in checkpoint.names
+        if not _module_name(name).startswith(experts) and not any(p.search(name) for p in left_out)
+    }  # fmt: skip
     scales = {name for name in present if name.endswith("_scale_inv") and name.removesuffix("_scale_inv") in present}
     found = [name for name in wanted if name in present]
-    extra = sorted(present - scales - wanted.keys())
+    extra = sorted(present.keys() - scales - wanted.keys())
     problems = [f"extra: {name}" for name in extra if not name.endswith("rotary_emb.inv_freq")]
     for name in found:
-        info = checkpoint.describe(name)
+        info = checkpoint.describe(present[name])
         if info is None or info.shape != tuple(wanted[name].shape):
             shape = "not in its file" if info is None else list(info.shape)
             problems.append(f"misshapen: {name} is {shape}, the configuration needs {list(wanted[name].shape)}")
     if not problems:
-        _fill(model, checkpoint, found, scales, dtype, device)
+        sf = {name: checkpoint.read_row(present[name], None).float() for name in scales}
+        _fill(model, checkpoint, {present[name]: name for name in found}, sf, dtype, device)
         model.tie_weights()  # a tied output head has no tensor of its own in the file
         _rebuild_buffers(model, device)
         problems += [
@@ -55,19 +63,30 @@ def load_without_experts(
     return model.eval()
 
 
-def _fill(model: nn.Module, checkpoint: Checkpoint, found: list[str], scales: set[str], dtype, device) -> None:
-    sf = {name: tensor.float() for name, tensor in checkpoint.read(scales)}
-    for name, tensor in checkpoint.read(found):
+def _module_name(file_name: str) -> str:
+    for module_part, file_part in FILE_NAMES.items():
+        file_name = file_name.replace(file_part, module_part)
+    return file_name
+
+
+def _fill(model: nn.Module, checkpoint: Checkpoint, names: dict[str, str], sf: dict, dtype, device) -> None:
+    """names: file's name -> module's; sf: by module's name."""
+    in_fp32 = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for file_name, tensor in checkpoint.read(names):
+        name = names[file_name]
         if f"{name}_scale_inv" in sf:
-            tensor = _dequantize(tensor, sf[f"{name}_scale_inv"])
+            tensor = dequantize_cut(tensor, sf[f"{name}_scale_inv"])
         parent, _, leaf = name.rpartition(".")
-        # A copy: the tensor itself is a view of the mapped file
-        value = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-        model.get_submodule(parent).register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+        value = tensor.to(device, torch.float32 if any(part in name for part in in_fp32) else dtype)
+        module = model.get_submodule(parent)
+        if leaf in module._buffers:
+            setattr(module, leaf, value)
+        else:
+            module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
 
-def _dequantize(values: torch.Tensor, sf: torch.Tensor) -> torch.Tensor:
-    # Unlike experts' weights, these need not be whole blocks: the last block of a row or column is cut
+def dequantize_cut(values: torch.Tensor, sf: torch.Tensor) -> torch.Tensor:
+    """fp32 of a block-FP8 matrix of any size: the last block of a row or column may be cut."""
     rows, columns = values.shape
     spread = sf.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
     return values.float() * spread

@@ -1,4 +1,4 @@
-"""python -m megamoe.integrations.generate: text in, text out, through a Qwen3-MoE whose experts megamoe serves.
+"""python -m megamoe.integrations.generate: text in, text out, through a model whose experts megamoe serves.
 
 What it prints before the text is how far the served logits are from the model's own, and which part of that is the
 number format's and which the kernel's: the same quantization in plain torch (megamoe/steps.py) stands between the two.
@@ -12,15 +12,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megamoe.config import EPConfig
+from megamoe.config import WEIGHT_FORMATS, EPConfig
 from megamoe.integrations.logits import eager_logits, logits_error, served_logits, serving_logits
+from megamoe.integrations.tiny import FAMILIES, save_tiny_model
 from megamoe.integrations.transformers import Serving, enable
 from megamoe.ranks import RankInfo, init_process_group, rank_from_env
 
 EPILOG = """examples
   a model of 3 layers with random weights, made on the spot; CPU or GPU, whichever is there:
     python -m megamoe.integrations.generate --model tiny --prompt "To be or not"
-  a downloaded Qwen3-MoE (bf16 or block-FP8 safetensors), one GPU:
+  a downloaded Qwen3-MoE, Mixtral or DeepSeek-V3 (bf16 or block-FP8 safetensors), one GPU:
     python -m megamoe.integrations.generate --model ./Qwen3-30B-A3B --prompt "The capital of France is"
   two GPUs (or two CPU ranks): half the experts and every second prompt on each:
     torchrun --nproc-per-node 2 -m megamoe.integrations.generate --model DIR --prompt A --prompt B --local-experts
@@ -40,13 +41,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--model", default="tiny", help="directory with config.json, safetensors and tokenizer, or `tiny` (default)")
+    add("--model", default="tiny", help="directory with config.json, safetensors and tokenizer; or `tiny` (default), "
+        "`tiny-mixtral`, `tiny-deepseek_v3`, `tiny-gpt_oss`: random weights, made on the spot")  # fmt: skip
     add("--prompt", action="append", help="text to continue; repeat for more, prompt i goes to rank i %% ranks")
     add("--max-new-tokens", type=int, default=24, help="tokens to add, greedily, to each prompt (default 24)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the model; default: bfloat16 on "
         "cuda, float32 on cpu")  # fmt: skip
-    add("--weight-format", choices=("auto", "fp8", "bf16"), default="auto", help="of the served experts; bf16 means "
+    add("--weight-format", choices=("auto", *WEIGHT_FORMATS), default="auto", help="of the served experts; bf16 means "
         "unquantized, CPU only. Default: fp8 on cuda, bf16 on cpu")  # fmt: skip
     add("--capacity", type=int, help="num_max_tokens_per_rank; default: what the longest prompt needs")
     add("--local-experts", action="store_true", help="read only this rank's experts from the files; the comparison "
@@ -56,7 +58,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     given.prompt = given.prompt or ["The quick brown fox", "Megamoe: "]
     if any(not text for text in given.prompt):
         parser.error("--prompt '' has no token to start from; give at least one character")
-    if given.model != "tiny" and not Path(given.model).is_dir():
+    given.family = {"tiny": "qwen3_moe"}.get(given.model, given.model.removeprefix("tiny-"))
+    given.tiny = given.family in FAMILIES and given.model.startswith("tiny")
+    if not given.tiny and not Path(given.model).is_dir():
         parser.error(f"--model {given.model}: no such folder")
     if given.max_new_tokens < 1:
         parser.error(f"--max-new-tokens {given.max_new_tokens} must be at least 1")
@@ -78,10 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     disable_progress_bar()
     rank = rank_from_env()
     with ExitStack() as stack:
-        if given.model == "tiny":  # one a rank, all alike; before the group exists: later, only rank 0 could save
-            from megamoe.integrations.tiny import save_tiny_model
-
-            given.model = save_tiny_model(stack.enter_context(tempfile.TemporaryDirectory()))
+        if given.tiny:  # one a rank, all alike; before the group exists: later, only rank 0 could save
+            given.model = save_tiny_model(stack.enter_context(tempfile.TemporaryDirectory()), family=given.family)
         if rank.ep_size > 1 and not dist.is_initialized():
             init_process_group()
             stack.callback(dist.destroy_process_group)

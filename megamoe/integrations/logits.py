@@ -3,17 +3,20 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megamoe.integrations.transformers import Serving, enable
 
 
 class LogitsError(NamedTuple):
-    """rel_l2: ||a - b|| / ||b|| over all logits. max_abs: largest |a - b|. top1: share of equal argmax."""
+    """rel_l2: ||a - b|| / ||b|| over all logits. max_abs: largest |a - b|. top1: share of equal argmax. kl: mean over
+    positions of the divergence of a's distribution from the reference's, KL(reference || a), in nats."""
 
     rel_l2: float
     max_abs: float
     top1: float
+    kl: float
 
 
 def logits_error(logits: Tensor, reference: Tensor) -> LogitsError:
@@ -21,7 +24,8 @@ def logits_error(logits: Tensor, reference: Tensor) -> LogitsError:
     a, b = logits.double(), reference.double()
     rel_l2 = torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)
     top1 = (a.argmax(-1) == b.argmax(-1)).double().mean()
-    return LogitsError(float(rel_l2), float((a - b).abs().max()), float(top1))
+    kl = F.kl_div(a.log_softmax(-1), b.log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
+    return LogitsError(float(rel_l2), float((a - b).abs().max()), float(top1), float(kl))
 
 
 @torch.no_grad()

@@ -3,10 +3,10 @@
 import torch.distributed as dist
 from torch import Tensor
 
+from megamoe import layer_checks as checks
 from megamoe import steps
 from megamoe.config import MoEConfig
 from megamoe.exchange import DistExchange, LocalExchange
-from megamoe.quant.fp8 import quantize_blocks
 
 
 class HostExchange:
@@ -51,12 +51,18 @@ class SpecExperts:
         self._exchange = exchange_of(group)
         self._weights = None
 
-    def load_weights(self, linear1: Tensor, linear2: Tensor, linear1_sf=None, linear2_sf=None) -> None:
-        if self.config.weight_format == "fp8" and linear1_sf is None:
-            (linear1, linear1_sf), (linear2, linear2_sf) = quantize_blocks(linear1), quantize_blocks(linear2)
-        else:  # a copy, as MoELayer makes: the caller may drop or change what it gave
-            linear1, linear2 = linear1.clone(), linear2.clone()
-        self._weights = steps.ExpertWeights(linear1, linear1_sf, linear2, linear2_sf)
+    def load_weights(self, linear1: Tensor, linear2: Tensor, linear1_sf=None, linear2_sf=None, **biases) -> None:
+        """As MoELayer.load_weights, with the same checks and the same quantizers."""
+        weights = checks.expert_weights(
+            self.config, len(linear1), linear1.device, "", linear1, linear1_sf, linear2, linear2_sf, **biases
+        )
+        # A copy, as MoELayer makes: the caller may drop or change what it gave
+        self._weights = steps.ExpertWeights(*(None if t is None else t.clone() for t in weights))
+
+    @property
+    def weights(self) -> steps.ExpertWeights:
+        """As steps.py takes them."""
+        return self._weights
 
     def __call__(self, hidden_states: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, num_tokens_bound=None):
         rank_input = steps.RankInput(hidden_states, None, topk_idx, topk_weights)

@@ -10,16 +10,19 @@ Under torch.distributed the experts are sharded (expert e on rank e // num_local
 every rank brings its own tokens. A forward of the model is then collective: all ranks run the same number of forwards,
 with any number of tokens each; a rank without tokens calls `serving.idle()` instead.
 
-Forward only. Served are experts with weights gate_up_proj [num_experts, 2 * intermediate, hidden] (gate rows, then up)
-and down_proj [num_experts, hidden, intermediate], SiLU, no bias, as transformers keeps them for Qwen3-MoE.
+Forward only. Served are gated experts in parameters gate_up_proj and down_proj, transposed or interleaved or neither,
+with or without biases, whose gating is one that MoEConfig names: Qwen3-MoE, Mixtral, DeepSeek-V3, gpt-oss are tested.
+Sizes that are no multiple of 128 are padded with zeros at load, tokens at each call, and the output is trimmed.
 """
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 try:
@@ -30,19 +33,23 @@ except ImportError as error:
         "pip install 'megamoe[transformers]'"
     ) from error
 
-from megamoe.checkpoint import Checkpoint, CheckpointError, find_problems, load_experts
+from megamoe.checkpoint import Checkpoint, CheckpointError, expert_bytes, find_problems, load_experts
 from megamoe.config import EPConfig
-from megamoe.integrations.experts import Experts, find_experts
+from megamoe.integrations.chunks import Chunks
+from megamoe.integrations.dense import load_without_experts
+from megamoe.integrations.experts import Experts, expert_parameters, find_experts, weights_of
 from megamoe.integrations.spec import SpecExperts
 from megamoe.layer import MoELayer
+from megamoe.progress import Progress
 from megamoe.workspace import Workspace
+from megamoe_cuda.gather import gather
 
 IMPLEMENTATION = "megamoe"
 DEFAULT_CAPACITY = 4096
 
 
 def enable(
-    model: nn.Module,
+    model: nn.Module | str | Path,
     *,
     workspace: Workspace | None = None,
     ep_config: EPConfig | None = None,
@@ -51,10 +58,12 @@ def enable(
     group: dist.ProcessGroup | None = None,
     donate: bool = False,
     spec: bool = False,
+    lockstep_chunks: bool = False,
 ) -> "Serving":
     """Serve the experts of every MoE layer of `model` by megamoe; collective over the ranks of `group`.
 
-    model          a transformers model on the device it will run on, bf16 or fp32
+    model          a transformers model on the device it will run on, bf16 or fp32; or a directory with safetensors,
+                   loaded in bf16 on the current device with this rank's experts only: `.model` of what is returned
     workspace      to share with other models; by default one is made for this model and closed by disable()
     ep_config      capacity and deadlines; default EPConfig(num_max_tokens_per_rank=4096). A forward with more tokens
                    (batch x sequence) on a rank than the capacity is refused
@@ -65,11 +74,18 @@ def enable(
     group          process group; default: torch.distributed's default group if initialised, else one rank
     donate         move the module's expert parameters to meta once copied: their memory is free, eager can't run again
     spec           run megamoe/steps.py (plain torch) on whatever device the model is on: the yardstick for the kernel
+    lockstep_chunks  more tokens than the capacity are sent in several calls, as many on every rank as the one with most
+                   needs: agreed on by the hosts before each layer, which waits for the device. Not in a CUDA graph
 
     Returns a Serving, also usable as a context manager. Raises ValueError if the model has no MoE layer, or one that
     cannot be served (all reasons listed), or is enabled already; CheckpointError that lists all that is wrong with all
     layers' tensors. Nothing of the model is changed when it raises.
     """
+    held = None
+    if isinstance(model, str | Path):
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        checkpoint = checkpoint or Checkpoint(model)
+        model = held = load_without_experts(model, dtype=torch.bfloat16, device=device)
     if model in _SERVINGS:
         raise ValueError("model: its experts are served by megamoe already; call disable(model) first")
     if ep_config is not None and workspace is not None:
@@ -88,7 +104,7 @@ def enable(
         _check_source(found, source, ep_size, ep_rank)
     except (ValueError, TypeError, OSError) as error:
         problem = error
-    _agree(problem, ep_size, group)
+    _agree(problem, ep_size, group, ep_config.arrive_deadline_s)
     device = next(iter(found.values())).device
 
     with ExitStack() as undo:
@@ -102,8 +118,14 @@ def enable(
             layer = SpecExperts(info.config, group) if spec else MoELayer(info.config, workspace)
             undo.callback(layer.close)
             slots[name] = _Slot(info, layer, ep_config.num_max_tokens_per_rank, ep_size, ep_rank, donate)
-            slots[name].load(source)
+            slots[name].chunks = Chunks(group, ep_size) if lockstep_chunks else None
+        with Progress(
+            "experts", sum(slot.bytes_in(source) for slot in slots.values()), None if ep_rank == 0 else False
+        ) as bar:
+            for slot in slots.values():
+                slot.load(source, bar)
         serving = Serving(model, slots, workspace, owned)
+        serving._held = held
         undo.pop_all()
     return serving
 
@@ -131,16 +153,23 @@ class Serving:
         self._owned_workspace = owned_workspace
         self._model = ref(model)
         self._closed = False
+        self._held = None  # a model that enable() loaded lives as long as it is served
         self._before = model.get_experts_implementation()
         model.set_experts_implementation(IMPLEMENTATION)
         if IMPLEMENTATION not in model.get_experts_implementation().values():
             raise ValueError(f"model={type(model).__name__} does not let its experts implementation be set; not served")
         _SERVINGS[model] = self
         for slot in slots.values():
-            _SLOTS[slot.module()] = slot
+            _SLOTS[slot.key] = slot
+            finalize(slot.module(), _SLOTS.pop, slot.key, None)  # an id is used again
             slot.serving = ref(self)
             if slot.donate:
                 slot.drop_parameters()
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The served model; None once nobody else holds it."""
+        return self._model()
 
     def idle(self) -> None:
         """Take part in one forward of the other ranks without tokens: every layer once, with none."""
@@ -160,11 +189,11 @@ class Serving:
         if self._closed:
             return
         self._closed = True
-        model = self._model()
+        model, self._held = self._model(), None
         if model is not None:
             del _SERVINGS[model]
             for slot in self._slots.values():
-                _SLOTS.pop(slot.module(), None)
+                _SLOTS.pop(slot.key, None)
             model.set_experts_implementation(self._before)
         for layer in self.layers.values():
             layer.close()
@@ -180,22 +209,38 @@ class Serving:
         self._close(close_workspace=alone or exc_type is None)
 
 
-# Keyed weakly and kept outside the modules: state_dict, deepcopy and save_pretrained see nothing of megamoe.
+# Kept outside the modules: state_dict, deepcopy and save_pretrained see nothing of megamoe. Slots are by id(module),
+# which a compiler can trace.
 _SERVINGS: WeakKeyDictionary[nn.Module, Serving] = WeakKeyDictionary()
-_SLOTS: WeakKeyDictionary[nn.Module, "_Slot"] = WeakKeyDictionary()
+_SLOTS: dict[int, "_Slot"] = {}
 
 
 def _serve_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What transformers calls for a module's experts: hidden_states [n, hidden], top_k_* [n, topk]."""
-    slot = _SLOTS.get(self)
-    if slot is None:
+    key = id(self)
+    if key not in _SLOTS:
         raise ValueError(
             f"experts_implementation={IMPLEMENTATION!r}, but this model's experts were not given to megamoe; "
             "call megamoe.integrations.transformers.enable(model) (again, after a deepcopy)"
         )
     if self.training and torch.is_grad_enabled() and hidden_states.requires_grad:
         raise ValueError("megamoe is forward only: it has no gradient. Call model.eval(), or disable(model) to train")
-    return slot(hidden_states, top_k_index, top_k_weights)
+    if torch.compiler.is_compiling():
+        return torch.ops.megamoe.experts(hidden_states, top_k_index, top_k_weights, key)
+    return _SLOTS[key](hidden_states, top_k_index, top_k_weights)
+
+
+@torch.library.custom_op("megamoe::experts", mutates_args=())
+def _experts_op(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, key: int) -> Tensor:
+    """The same in a compiled graph. key: id of the module, a constant of that graph."""
+    if key not in _SLOTS:
+        raise RuntimeError("the compiled model's experts are no longer served by megamoe: torch.compile it again")
+    return _SLOTS[key](hidden_states, top_k_index, top_k_weights)
+
+
+@_experts_op.register_fake
+def _(hidden_states, top_k_index, top_k_weights, key):
+    return torch.empty_like(hidden_states)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _serve_experts)
@@ -205,61 +250,72 @@ class _Slot:
     """A module's layer, and the state of the parameters that it was loaded from."""
 
     def __init__(self, info: Experts, layer, capacity: int, ep_size: int, ep_rank: int, donate: bool):
-        self.name, self.config, self.device, self.dtype = info.name, info.config, info.device, info.dtype
+        self.info, self.name, self.config = replace(info, module=None), info.name, info.config
         self.layer, self.capacity, self.ep_size, self.donate = layer, capacity, ep_size, donate
-        self.module = ref(info.module)
+        self.module, self.key = ref(info.module), id(info.module)
         num_local_experts = info.config.num_local_experts(ep_size)
         self.local = range(ep_rank * num_local_experts, (ep_rank + 1) * num_local_experts)
-        self.serving = None
+        self.serving, self.chunks = None, None
         self._loaded = None
 
-    def load(self, source: Checkpoint | None) -> None:
+    def bytes_in(self, source: Checkpoint | None) -> int:
+        """What load will read of the files."""
+        return 0 if source is None else expert_bytes(source, self.name, self.local, self.config, self.info.sizes)
+
+    def load(self, source: Checkpoint | None, progress: Progress | None = None) -> None:
         if source is not None:
+            info = self.info
             weights = load_experts(
-                source, -1, self.local, config=self.config, dtype=self.dtype, device=self.device, prefix=self.name
-            )
-            self.layer.load_weights(weights.linear1, weights.linear2, weights.linear1_sf, weights.linear2_sf)
-            return
-        module = self.module()
-        shard = slice(self.local.start, self.local.stop)
-        self.layer.load_weights(module.gate_up_proj.detach()[shard], module.down_proj.detach()[shard])
-        self._loaded = self._state()
+                source, -1, self.local, config=self.config, sizes=info.sizes, dtype=info.dtype, device=info.device,
+                prefix=self.name, progress=progress,
+            )  # fmt: skip
+        else:
+            weights = weights_of(replace(self.info, module=self.module()), self.local)
+            self._loaded = self._state()
+        self.layer.load_weights(
+            weights.linear1, weights.linear2, weights.linear1_sf, weights.linear2_sf,
+            linear1_bias=weights.linear1_bias, linear2_bias=weights.linear2_bias,
+        )  # fmt: skip
 
     def drop_parameters(self) -> None:
         module = self.module()
-        for name in ("gate_up_proj", "down_proj"):
-            module.register_parameter(name, nn.Parameter(getattr(module, name).to("meta"), requires_grad=False))
+        for name, parameter in expert_parameters(module).items():
+            module.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
         self._loaded = None
 
     def _state(self) -> tuple:
-        params = self.module().gate_up_proj, self.module().down_proj
+        params = expert_parameters(self.module()).values()
         return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in params)
 
     def __call__(self, hidden_states: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
         if self._loaded is not None and self._loaded != self._state():
             self.load(None)  # a load_state_dict or an in-place edit since: eager experts would follow it too
-        x = hidden_states.detach().reshape(-1, self.config.hidden)
-        if x.shape[0] > self.capacity:
+        x = hidden_states.detach().reshape(-1, self.info.sizes[0])
+        if x.shape[0] > self.capacity and self.chunks is None:
             raise ValueError(
                 f"{self.name}: num_tokens={x.shape[0]} (batch x sequence of this forward) is above the capacity "
                 f"num_max_tokens_per_rank={self.capacity}; enable(model, ep_config=EPConfig({x.shape[0]})), or "
-                "split the prompt or the batch into several forwards"
+                "split the prompt or the batch into several forwards, or pass lockstep_chunks=True"
             )
         with torch.no_grad():
-            y = self._forward(x, topk_idx, topk_weights)
-        return y.reshape(hidden_states.shape).to(hidden_states.dtype)
+            if self.chunks is None:
+                y = self._forward(x, topk_idx, topk_weights)
+            else:
+                y = self.chunks.run(self._forward, self.capacity, x, topk_idx, topk_weights)
+        return y[:, : x.shape[1]].reshape(hidden_states.shape).to(hidden_states.dtype)
 
     def idle(self) -> None:
-        with torch.no_grad():
-            self._forward(
-                torch.zeros(0, self.config.hidden, dtype=self.dtype, device=self.device),
-                torch.zeros(0, self.config.topk, dtype=torch.int64, device=self.device),
-                torch.zeros(0, self.config.topk, dtype=torch.float32, device=self.device),
-            )
+        self(
+            torch.zeros(0, self.info.sizes[0], dtype=self.info.dtype, device=self.info.device),
+            torch.zeros(0, self.config.topk, dtype=torch.int64, device=self.info.device),
+            torch.zeros(0, self.config.topk, dtype=torch.float32, device=self.info.device),
+        )
 
     def _forward(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
-        if self.config.weight_format == "fp8":
+        if self.config.weight_format != "bf16":
             x = x.to(torch.bfloat16)
+        if x.shape[1] < self.config.hidden:
+            x = F.pad(x, (0, self.config.hidden - x.shape[1]))
         bound = self.serving().num_tokens_bound
         if bound is None and self.ep_size == 1:  # no peer to agree with: the tokens there are, in powers of two
             bound = min(1 << max(x.shape[0] - 1, 0).bit_length(), self.capacity)
@@ -276,7 +332,7 @@ def _check_source(found: dict[str, Experts], source: Checkpoint | None, ep_size:
     for name, info in found.items():
         num_local_experts = info.config.num_local_experts(ep_size)
         local = range(ep_rank * num_local_experts, (ep_rank + 1) * num_local_experts)
-        problems += find_problems(source, name, local, info.config)
+        problems += find_problems(source, name, local, info.config, info.sizes)
     if problems:
         raise CheckpointError(source.path, problems)
 
@@ -288,11 +344,10 @@ def _placement(group: dist.ProcessGroup | None) -> tuple[int, int]:
     return dist.get_world_size(group), dist.get_rank(group)
 
 
-def _agree(problem: Exception | None, ep_size: int, group: dist.ProcessGroup | None) -> None:
+def _agree(problem: Exception | None, ep_size: int, group: dist.ProcessGroup | None, deadline_s: float) -> None:
     """Refuse on all ranks what one of them refuses: the others would wait for it in the workspace's constructor."""
     if ep_size > 1:
-        texts = [None] * ep_size
-        dist.all_gather_object(texts, None if problem is None else str(problem), group=group)
+        texts = gather(group or dist.group.WORLD, "serve", None if problem is None else str(problem), deadline_s)
         theirs = next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None), None)
         if problem is None and theirs is not None:
             problem = ValueError(theirs)

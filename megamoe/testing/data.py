@@ -68,7 +68,14 @@ def make_weights(
             values, sf = quantize_blocks(matrix) if config.weight_format == "fp8" else (matrix.to(dtype), None)
             parts[2 * i].append(values)
             parts[2 * i + 1].append(sf)
-    return ExpertWeights(*(None if part[0] is None else _stack(part) for part in parts))
+    weights = ExpertWeights(*(None if part[0] is None else _stack(part) for part in parts))
+    if not config.bias:
+        return weights
+    biases = [
+        torch.randn(len(parts[0]), columns, generator=generator, device=device) / 2
+        for columns in (2 * config.intermediate, config.hidden)
+    ]
+    return weights._replace(linear1_bias=biases[0], linear2_bias=biases[1])
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

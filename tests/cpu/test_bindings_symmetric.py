@@ -145,6 +145,10 @@ class SharedLibrary:
     def my_pe(self):
         return self.rank
 
+    def vendor_get_version_info(self, *addresses):
+        for address, number in zip(addresses, self.faults.get("version", (3, 4, 5))):
+            ctypes.c_int.from_address(address).value = number
+
     def n_pes(self):
         return self.num_ranks
 
@@ -237,6 +241,7 @@ SCENARIOS = {
     "adopted": (close_then_again, {"already": 2}, {"already": 2}),
     "foreign": (close_then_again, {"already": 2}, {}),
     "group": (other_group, {}, {}),
+    "version": (close_then_again, {}, {"version": (3, 8, 0)}),
 }
 
 
@@ -294,6 +299,7 @@ def test_a_failed_init_is_repeated_by_all(ranks):
     ("sizes", "ValueError: nbytes differs between the ranks: rank 0 asks 100, rank 1 asks 101"),
     ("shared", "ValueError: device: ranks 0 and 1 share GPU gpu0 of host"),
     ("foreign", "RuntimeError: another library .*: rank 1: NVSHMEM is not initialised here"),
+    ("version", "RuntimeError: NVSHMEM's version differs .*: rank 0 has 3.4.5, rank 1 has 3.8.0\n.*the same packages"),
     ("group", r"ValueError: group has ranks \[[01]\], but this process initialised NVSHMEM with ranks \[0, 1\]"),
 ])
 def test_one_ranks_trouble_is_every_ranks_error(ranks, name, said):

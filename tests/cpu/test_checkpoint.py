@@ -213,9 +213,13 @@ for weight_format in ("fp8", "bf16"):
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="not run: no /proc to read peak memory from"
 )
-def test_peak_memory_is_the_local_weights_and_one_expert(tmp_path):
+@pytest.mark.parametrize("stacked_experts", [False, True], ids=["a tensor an expert", "all experts in one"])
+def test_peak_memory_is_the_local_weights_and_one_expert(tmp_path, stacked_experts):
     names = [f"{PREFIX}.{expert}.{p}_proj.weight" for expert in range(16) for p in ("gate", "up", "down")]
-    save(tmp_path, {name: torch.zeros(1024, 1024, dtype=torch.bfloat16) for name in names})
+    shapes = dict.fromkeys(names, (1024, 1024))
+    if stacked_experts:
+        shapes = {f"{PREFIX}.gate_up_proj": (16, 1024, 2048), f"{PREFIX}.down_proj": (16, 1024, 1024)}
+    save(tmp_path, {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()})
     expert_bytes = 3 * 1024 * 1024 * 2
     # A fixed threshold: freed blocks go back at once, so that resident memory is what is in use
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}

@@ -28,6 +28,8 @@ GOOD = {"hidden": 256, "intermediate": 128, "num_experts": 8, "topk": 2}
         ("swiglu_limit", 0.0, ValueError, "swiglu_limit=0.0 must be a finite number above 0"),
         ("swiglu_limit", float("nan"), ValueError, "swiglu_limit=nan must be a finite number above 0"),
         ("swiglu_limit", "7", TypeError, "swiglu_limit='7' has type str; pass a number"),
+        ("activation", "gelu", ValueError, "activation='gelu' must be one of 'swiglu', 'swiglu_oai'"),
+        ("bias", 1, TypeError, "bias=1 has type int; pass True or False"),
     ],
 )
 def test_moe_config_names_the_field_its_value_and_the_remedy(field, value, error, text):
@@ -77,6 +79,10 @@ def test_support_gives_reasons():
         in support(MoEConfig(**GOOD, weight_format="bf16"), None, "cuda").reasons[0]
     )
     assert "has no implementation" in support(MoEConfig(**GOOD), None, "meta").reasons[0]
+    gpt_oss = MoEConfig(**GOOD, activation="swiglu_oai", bias=True)
+    assert support(gpt_oss, None, "cpu").ok
+    told = " ".join(support(gpt_oss, None, "cuda").reasons)
+    assert "activation='swiglu_oai' has no kernel yet" in told and "bias=True has no kernel yet" in told
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="not run: this machine has a CUDA device")

@@ -3,12 +3,13 @@
 That a CTA's shared memory stays within 227 KiB is a static_assert (csrc/config.cuh): compiling proves it.
 """
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from megamoe import layout
-from megamoe.builds import KernelBuild, kernel_build, kernel_builds
+from megamoe.builds import DEBUG_SPILL_BYTES, KernelBuild, kernel_build, kernel_builds
 from megamoe_cuda.compile import CompiledKernel, compile_kernel, read_sources
 from megamoe_cuda.errors import CompileError, MissingLibraryError, nvrtc
 
@@ -42,6 +43,37 @@ def test_configuration_compiles_without_loss(build, compiled):
     assert need.smem_static == 0  # all of it is dynamic, and asserted
     assert not need.losses and not {"C7508", "C7510", "C7514"}.intersection(need.codes), need.warnings
     assert b"mega_moe_shared_bytes" in kernel.cubin  # the engine reads it
+
+
+def test_debug_and_fault_builds_stay_within_their_budget(compiled, monkeypatch):
+    """One tile of each orientation; `MEGAMOE_DEBUG=1 ./launch/do compile` shows all."""
+    for block_tokens in (32, 128):
+        build = kernel_build(block_tokens)
+        need = compile_build(build._replace(defines=build.defines | {"FAULTS": 1})).resources
+        assert need.spill_stores + need.spill_loads == 0 and not need.losses
+    monkeypatch.setenv("MEGAMOE_DEBUG", "1")
+    for block_tokens in (32, 128):
+        build = kernel_build(block_tokens)
+        assert build.defines["DEBUG_CHECKS"] == 1
+        kernel = compile_build(build)
+        need = kernel.resources
+        assert 0 < need.spill_stores + need.spill_loads <= DEBUG_SPILL_BYTES and not need.losses
+        assert b"mega_moe_region_bytes" in kernel.cubin
+
+
+def test_hooks_leave_no_trace_in_the_shipped_build(compiled):
+    """The cubin is that of the same sources without them."""
+    sources, build = read_sources(), kernel_build(32)
+    hooks = 0
+    for name, text in sources.items():
+        if not name.startswith("debug/"):
+            sources[name], count = re.subn(r"MOE_FAULT\(l, \w+, ([\w.]+)\)", r"\1", text)
+            hooks += count
+    assert hooks == len(layout.FAULT_POINTS)
+    bare = compile_kernel(build.source, build.entry, build.defines, sources=sources)
+    assert bare.key != compiled[build.name].key and bare.cubin == compiled[build.name].cubin
+    for word in (b"mega_moe_fault", b"mega_moe_region_bytes"):
+        assert word not in bare.cubin
 
 
 def test_an_illegal_tile_size_does_not_compile(compiled):

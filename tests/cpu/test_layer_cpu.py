@@ -18,8 +18,10 @@ def make_layer(config=TINY, virtual_ranks=None, capacity=16, num_tokens=5, **opt
     layer = MoELayer(config, workspace)
     case = make_case(0, config, virtual_ranks or 1, num_tokens, **options)
     columns = [list(column) if virtual_ranks else column[0] for column in zip(*case.weights, strict=True)]
-    linear1, linear1_sf, linear2, linear2_sf = columns
-    if config.weight_format == "fp8":
+    linear1, linear1_sf, linear2, linear2_sf, *biases = columns
+    if config.bias:
+        layer.load_weights(linear1, linear2, linear1_sf, linear2_sf, linear1_bias=biases[0], linear2_bias=biases[1])
+    elif config.weight_format == "fp8":
         layer.load_weights(linear1, linear2, linear1_sf, linear2_sf)
     else:
         layer.load_weights(linear1, linear2)
@@ -34,6 +36,24 @@ def test_one_rank_takes_and_returns_tensors():
     assert torch.equal(layer(x, topk_idx.long(), topk_weights), expected)
     assert torch.equal(layer(quantize_rows(x), topk_idx, topk_weights), expected)
     assert layer(x, topk_idx, topk_weights.bfloat16()).shape == expected.shape
+
+
+def test_biases_are_taken_in_any_floating_dtype_and_only_where_the_config_has_them():
+    config = MoEConfig(256, 128, 4, 2, activation="swiglu_oai", swiglu_limit=7.0, bias=True)
+    layer, case, expected = make_layer(config, virtual_ranks=2, num_tokens=[5, 3])
+    x, _, topk_idx, topk_weights, _ = map(list, zip(*case.inputs, strict=True))
+    assert all(map(torch.equal, layer(x, topk_idx, topk_weights), expected))
+    (one,) = make_case(0, config, 1, 5).weights
+    with Workspace([config, TINY], EPConfig(8), device="cpu") as workspace:
+        layer = MoELayer(config, workspace)
+        layer.load_weights(*one[:1], one.linear2, *one[1:4:2], linear1_bias=one.linear1_bias.bfloat16(),
+                           linear2_bias=one.linear2_bias)  # fmt: skip
+        with pytest.raises(TypeError, match="linear2_bias has type NoneType; pass a tensor of shape"):
+            layer.load_weights(one.linear1, one.linear2, one.linear1_sf, one.linear2_sf, linear1_bias=one.linear1_bias)
+        with pytest.raises(ValueError, match=r"linear1_bias was given, but .*bias=False"):
+            MoELayer(TINY, workspace).load_weights(
+                one.linear1, one.linear2, one.linear1_sf, one.linear2_sf, linear1_bias=one.linear1_bias
+            )
 
 
 def test_virtual_ranks_take_and_return_lists():
@@ -100,7 +120,7 @@ def test_layers_of_two_shapes_share_a_workspace():
         layers = {config: MoELayer(config, workspace) for config in (TINY, other)}
         cases = {config: make_case(1, config, 2, [3, 4]) for config in layers}
         for config, layer in layers.items():
-            linear1, linear1_sf, linear2, linear2_sf = map(list, zip(*cases[config].weights, strict=True))
+            linear1, linear1_sf, linear2, linear2_sf = list(map(list, zip(*cases[config].weights, strict=True)))[:4]
             layer.load_weights(linear1, linear2, linear1_sf, linear2_sf)
         for config in (TINY, other, TINY):
             x, _, topk_idx, topk_weights, _ = map(list, zip(*cases[config].inputs, strict=True))

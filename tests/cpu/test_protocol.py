@@ -31,6 +31,16 @@ def test_tiles_run_once_and_nothing_is_read_early_late_or_from_another_launch(or
     assert ahead == 1  # ranks did run apart; to finish one more launch, a rank needs the others' routing for it
 
 
+def test_it_holds_when_one_role_after_the_other_starves(order):
+    for seed in range(200):
+        model = draw(seed, order, Protocol(), num_launches=3, adversarial=True)
+        try:
+            model.run()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
+        assert model.finished == [3] * model.num_ranks
+
+
 @pytest.mark.parametrize(
     "protocol, failures",
     [
@@ -38,8 +48,10 @@ def test_tiles_run_once_and_nothing_is_read_early_late_or_from_another_launch(or
         (Protocol(flags_hold_epoch=False), (Violation, Deadlock)),
         (Protocol(reverse_tiles=True), (Deadlock,)),
         (Protocol(flag_after_first_tile=True), (Violation,)),
+        (Protocol(image_before_row=True), (Violation,)),
     ],
-    ids=["one head bank", "flags without the launch's number", "linear2 before linear1", "rows announced too early"],
+    ids=["one head bank", "flags without the launch's number", "linear2 before linear1", "rows announced too early",
+         "rows copied before they are there"],
 )
 def test_the_model_finds_what_is_wrong(order, protocol, failures):
     found = 0

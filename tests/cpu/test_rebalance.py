@@ -23,8 +23,9 @@ def make_layer(config=CONFIG, spare=SPARE, routing="zipf"):
 
 
 def load(layer, case):
-    linear1, linear1_sf, linear2, linear2_sf = (list(column) for column in zip(*case.weights))
-    layer.load_weights(linear1, linear2, *((linear1_sf, linear2_sf) if linear1_sf[0] is not None else ()))
+    names = "linear1", "linear1_sf", "linear2", "linear2_sf", "linear1_bias", "linear2_bias"
+    columns = dict(zip(names, map(list, zip(*case.weights))))
+    layer.load_weights(**{name: column for name, column in columns.items() if column[0] is not None})
 
 
 def run(layer, case):
@@ -127,16 +128,54 @@ def test_steps_never_lose_an_expert():
         assert (held[target >= 0] == target[target >= 0]).all()
 
 
-def test_stats_count_what_was_served():
+def test_load_counts_are_what_was_served():
     layer, case = make_layer()
     want = torch.bincount(torch.cat([i.topk_idx.flatten() for i in case.inputs]), minlength=12)
     layer.load_plan(plan_experts(want[None].numpy(), num_ranks=RANKS, num_redundant_experts=8))
     run(layer, case)
-    loads = layer.stats()
+    loads = layer.load_counts()
     assert torch.equal(sum(one.logical for one in loads), want)
     assert sum(int(one.physical.sum()) for one in loads) == int(want.sum())
     rows = [int(one.physical.sum()) for one in loads]
     assert max(rows) - min(rows) <= 2  # balanced by the batch's own counts
+
+
+def test_biases_move_with_their_experts():
+    layer, case = make_layer(MoEConfig(256, 128, 12, 3, weight_format="bf16", bias=True))
+    expected = run(layer, case)
+    layer.load_plan(make_plan())
+    assert case.weights[0].linear2_bias.any() and torch.equal(run(layer, case), expected)
+
+
+def test_a_layer_with_the_weights_of_another_follows_its_plan():
+    first, case = make_layer()
+    ep_config = first.workspace.ep_config
+    second = MoELayer(CONFIG, Workspace(CONFIG, ep_config, device="cpu"), weights_of=first)
+    expected = run(second, case)
+    first.load_plan(make_plan())
+    assert torch.equal(run(second, case), expected) and torch.equal(run(first, case), expected)
+    used = sum(int((i.topk_idx >= 0).sum()) for i in case.inputs)
+    served = [sum(int(one.logical.sum()) for one in layer.load_counts()) for layer in (first, second)]
+    assert served == [used, 2 * used]
+    with pytest.raises(RuntimeError, match="weights of another"):
+        second.load_plan(make_plan())
+    with pytest.raises(ValueError, match="num_redundant_slots_per_rank=2, this layer on one with 0"):
+        MoELayer(CONFIG, Workspace(CONFIG, EPConfig(64, RANKS), device="cpu"), weights_of=first)
+
+
+def test_several_domains_refuse_a_plan_and_count_load():
+    ep_config = EPConfig(64, RANKS, ranks_per_domain=2)
+    layer = MoELayer(CONFIG, Workspace(CONFIG, ep_config, device="cpu"))
+    case = make_case(3, CONFIG, RANKS, [40, 0, 17, 64], "zipf")
+    load(layer, case)
+    run(layer, case)
+    want = torch.bincount(torch.cat([i.topk_idx.flatten() for i in case.inputs]), minlength=12)
+    loads = layer.load_counts()
+    assert torch.equal(sum(one.logical for one in loads), want)
+    assert torch.equal(torch.cat([one.physical for one in loads]), want)
+    assert layer.stats().calls == 1 and layer.stats().wait_s == 0
+    with pytest.raises(ValueError, match="4 ranks are 2 NVLink domains.*ranks_per_domain"):
+        layer.load_plan(make_plan(redundant=0))
 
 
 def test_plans_that_do_not_fit_name_the_numbers():

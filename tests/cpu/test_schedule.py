@@ -64,6 +64,20 @@ def test_neighbours_share_a_weight_block(library):
     assert [tile[1:] for tile in tiles[:9]] == [(m, 0) for m in range(8)] + [(0, 1)]
 
 
+def test_merged_sequences_lose_nothing_and_stay_in_proportion(library):
+    """Pairs and left-over blocks of the 128-row tile: each ticket is the next of one of them, and both end together."""
+    r = random.Random(1)
+    counts = [(1, 1), (1, 50000), (50000, 1), (65535, 65535)]
+    counts += [(r.randint(1, 3000), r.randint(1, 3000)) for _ in range(50)]
+    for first, second in counts:
+        both = first + second
+        ratio = -(-(first << 32) // both)  # count_tickets in csrc/sched/tickets.cuh
+        taken = [library.merged(i, ratio) for i in range(both + 1)]
+        assert taken[0] == 0 and taken[-1] == first
+        assert all(b - a in (0, 1) for a, b in itertools.pairwise(taken))
+        assert all(abs(t - i * first / both) <= 1 for i, t in enumerate(taken))
+
+
 def test_find_expert_is_a_binary_search_that_skips_empty_experts(library):
     r = np.random.default_rng(0)
     for count in (1, 2, 3, 8, 64, MAX_LOCAL_EXPERTS):

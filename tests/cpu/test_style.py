@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("megamoe", "csrc", "bindings", "tests", "launch", "benchmarks")
-MAX_FILE_LINES, MAX_LINE_CHARS, MAX_ARCHITECTURE_LINES, MAX_PUBLIC_NAMES = 400, 120, 200, 12
+MAX_FILE_LINES, MAX_LINE_CHARS, MAX_ARCHITECTURE_LINES, MAX_PUBLIC_NAMES = 400, 120, 220, 12
 ENV_NAMES = {"MEGAMOE_CACHE_DIR", "MEGAMOE_DEBUG"}
 
 # Who may import whom, by top-level name: nothing is named by what lies below it. bindings knows nothing of MoE.
@@ -29,7 +29,7 @@ MAY_IMPORT = {
 # Where a header of csrc/sched is built by the host's compiler.
 HOST_HEADERS = {"cstdint"}
 # Only what hands out memory as tensors, or speaks to a process group, needs torch there.
-BINDINGS_WITH_TORCH = {"symmetric.py", "nvshmem.py"}
+BINDINGS_WITH_TORCH = {"symmetric.py", "nvshmem.py", "gather.py"}
 
 # One word for one thing: the word to use instead.
 AVOID = {
@@ -40,6 +40,7 @@ AVOID = {
     "ffn_dim": "intermediate", "w13": "linear1", "fc1": "linear1", "fc2": "linear2",
     "gemm0": "linear1", "gemm1": "linear2", "ROW_BLOCK": "block_m", "doorbell": "signal",
 }
+ENGINE_TESTS = {f"tests/cpu/{file}.py" for file in ("engine_stubs", "test_engine_vllm", "test_engine_sglang")}
 # Text that tells how the text came to be, or of one machine.
 TALK = re.compile(r"this session|as requested|the user asked|previous attempt|\b(TODO|FIXME|XXX)\b", re.IGNORECASE)
 MACHINE_PATH = re.compile(r"(?<![\w.:/<>$}~])/(?:work|root|home|opt|mnt|Users)/\w")
@@ -170,8 +171,9 @@ def test_no_bare_volatile():
 def test_one_word_for_one_thing():
     wrong = []
     for path in code():
-        if path == Path(__file__) or path.is_relative_to(ROOT / "megamoe" / "integrations"):
-            continue  # integrations speak the other project's words
+        spoken = path.is_relative_to(ROOT / "megamoe" / "integrations") or name(path) in ENGINE_TESTS
+        if path == Path(__file__) or spoken:
+            continue  # integrations, and stubs of other engines, speak the other project's words
         if path.suffix == ".py":
             words = words_of_python(path)
         elif path.suffix in (".cu", ".cuh"):

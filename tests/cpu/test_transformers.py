@@ -15,8 +15,6 @@ safetensors_torch = pytest.importorskip("safetensors.torch", reason="not run: sa
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GptOssConfig,
-    GptOssForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -237,21 +235,22 @@ def test_training_is_refused_rather_than_cut_off_from_its_gradient(model):
 def test_models_that_cannot_be_served_are_refused_with_every_reason():
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
              "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 32}  # fmt: skip
-    gpt_oss = GptOssForCausalLM(
-        GptOssConfig(**sizes, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"])
-    )
+    gelu = AutoModelForCausalLM.from_config(tiny_config(hidden_act="gelu", num_hidden_layers=1))
     with pytest.raises(
-        ValueError, match=r"mlp\.experts \(GptOssExperts\): weights are transposed.*interleaved; .*biases"
+        ValueError, match=r"mlp\.experts \(Qwen3MoeExperts\): their gating \(GELU.*none of swiglu, swiglu_oai"
     ):
+        enable(gelu)
+    gpt_oss = AutoModelForCausalLM.from_config(tiny_config("gpt_oss")).half()
+    gpt_oss.model.layers[0].mlp.experts.alpha = 1.5  # another formula, though the class is known
+    with pytest.raises(ValueError, match=r"layers\.0.*GptOssExperts\): their gating .*; weights are torch.float16"):
         enable(gpt_oss)
     with pytest.raises(ValueError, match="no MoE layer"):
         enable(Qwen3ForCausalLM(Qwen3Config(**sizes)))
 
 
 def test_sizes_and_arguments_that_do_not_fit_are_refused(checkpoint, model):
-    narrow = AutoModelForCausalLM.from_config(tiny_config(moe_intermediate_size=96))
-    with pytest.raises(ValueError, match="intermediate=96 must be a multiple of 128"):
-        enable(narrow)
+    with pytest.raises(ValueError, match="topk=17 must be between 1 and 16"):
+        enable(AutoModelForCausalLM.from_config(tiny_config(num_experts=32, num_experts_per_tok=17)))
     with pytest.raises(ValueError, match="virtual_ranks=2"):
         enable(model, ep_config=EPConfig(8, virtual_ranks=2))
     with pytest.raises(ValueError, match="float16; convert the model"):

@@ -1,11 +1,13 @@
-"""One small case for compute-sanitizer, without pytest: exit status 1 on a mismatch or a device error.
+"""One small case of every tile size for compute-sanitizer, without pytest: exit status 1 on a mismatch or a device
+error. launch/prove.py runs it under all four tools:
 
     compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 python tests/gpu/memcheck_case.py
 
-Two virtual ranks, both orientations, the routing table counted by one CTA and by the grid, partial blocks, odd hidden,
-a rank without tokens, capture and replay. Deadlines are long, since every access is instrumented.
+--ranks virtual ranks (default 2), both orientations, the routing table counted by one CTA and by the grid, partial
+blocks, odd hidden, a rank without tokens, capture and replay. Deadlines are long, since every access is instrumented.
 """
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -21,19 +23,29 @@ def use_checkout() -> None:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ranks", type=int, default=2, help="default %(default)s")
+    ranks = parser.parse_args().ranks
     use_checkout()
     import torch
 
-    from megamoe import EPConfig, MoEConfig, MoELayer, Workspace
+    from megamoe import EPConfig, MoEConfig, MoELayer, Workspace, layout
+    from megamoe.plan.tiles import choose_block_tokens
     from megamoe.testing.data import make_case
     from tests.gpu import oracle
 
     config = MoEConfig(hidden=384, intermediate=256, num_experts=6, topk=3)
-    ep_config = EPConfig(70, virtual_ranks=2, arrive_deadline_s=300.0, step_deadline_s=300.0, num_sms=8)
+    bounds = {}
+    for bound in range(200, 0, -1):  # the smallest of each tile size
+        bounds[choose_block_tokens(config, ranks, bound)] = bound
+    assert set(bounds) == set(layout.BLOCK_TOKENS), bounds
+    capacity = max(bounds.values())
+    ep_config = EPConfig(capacity, virtual_ranks=ranks, arrive_deadline_s=300.0, step_deadline_s=300.0, num_sms=8)
     wrong = 0
     with Workspace(config, ep_config, device="cuda") as workspace, MoELayer(config, workspace) as layer:
-        for num_tokens, bound, prequantized in (([5, 2], 5, True), ([70, 0], None, False), ([9, 66], None, True)):
-            case = make_case(1, config, 2, num_tokens, "holes", "cuda", prequantized=prequantized)
+        for number, (block, bound) in enumerate(sorted(bounds.items())):
+            num_tokens = [bound, 0 if number % 2 else bound // 3][:ranks] + [1] * (ranks - 2)
+            case = make_case(1, config, ranks, num_tokens, "holes", "cuda", prequantized=number % 2 == 0)
             oracle.load(layer, case)
             for _ in range(2):
                 outs = oracle.run_layer(layer, case, bound)
@@ -41,10 +53,10 @@ def main() -> int:
                 layer.check()
                 result = oracle.compare(config, outs, oracle.spec(case))
                 wrong += not result.ok
-                print(num_tokens, bound, result.text, flush=True)
+                print(f"tiles of {block}:", num_tokens, result.text, flush=True)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            oracle.call(layer, case, None, outs)
+            oracle.call(layer, case, bound, outs)
         graph.replay()
         torch.cuda.synchronize()
         layer.check()

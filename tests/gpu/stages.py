@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from megamoe import EPConfig, MoELayer, Workspace
-from megamoe.builds import kernel_build
 from megamoe.plan import tiles
 from megamoe.quant.fp8 import Quantized
 from megamoe.testing.data import Case
-from megamoe_cuda.compile import compile_kernel
-from megamoe_cuda.launch import LoadedKernel, read_symbol_u32
 from tests.gpu import oracle
 
 
@@ -29,10 +26,8 @@ class Stages(NamedTuple):
 @contextlib.contextmanager
 def _only_kernel(workspace: Workspace, block_tokens: int):
     """A build that writes linear1's sums takes the place of every kernel."""
-    build = kernel_build(block_tokens)
-    compiled = compile_kernel(build.source, build.entry, build.defines | {"DUMP_LINEAR1": 1})
-    kernel = LoadedKernel(compiled.cubin, build.entry, read_symbol_u32(compiled.cubin, "mega_moe_shared_bytes"))
     fused = workspace.fused
+    kernel = fused.load_kernel(block_tokens, DUMP_LINEAR1=1)
     before, fused.kernels = fused.kernels, {block_tokens: kernel}
     try:
         yield

@@ -39,13 +39,13 @@ def test_the_bits_do_not_depend_on_the_plan_and_every_row_is_counted(choice, num
         result = oracle.compare(case.config, oracle.run_layer(layer, case), oracle.spec(case))
         assert result.ok, result.text
         for plan in (make_plan(), make_plan("lognormal", 3, 4), make_plan("group", 2, 0)):
-            before = layer.stats()
+            before = layer.load_counts()
             layer.load_plan(plan, choice=choice)
             outs = oracle.run_layer(layer, case)
             torch.cuda.synchronize()
             layer.check()
             assert torch.equal(oracle.bits(outs), first), (choice, plan.num_redundant_experts)
-            after = layer.stats()
+            after = layer.load_counts()
             placed = layer._engine.placement
             replicas = replica_map(placed, 16, RANKS, choice, load=plan.load[0])
             slots = choose_rows(replicas, [i.topk_idx.cpu().numpy() for i in case.inputs])

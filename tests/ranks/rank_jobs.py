@@ -54,7 +54,7 @@ def plans(info):
                 calls += 1
             equal_calls += torch.equal(layer(x, topk_idx, topk_weights), expected)
             calls += 1
-        served = layer.stats().logical
+        served = layer.load_counts().logical
     return {"calls": calls, "equal": equal_calls, "served": int(served.sum())}
 
 

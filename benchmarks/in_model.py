@@ -1,0 +1,254 @@
+#!/usr/bin/env python3
+"""The layer inside transformers models: are the logits right, and what does a call and a block cost.
+
+    python benchmarks/in_model.py
+        one rank: a GPU if there is one, else a CPU with small sizes
+    torchrun --nproc-per-node 2 benchmarks/in_model.py --json in_model.jsonl
+        two ranks: experts halved, every rank its own sequences
+
+Parts, by --parts (default: all):
+    logits    four model families with random weights that lie on the grid of the format. Teacher-forced logits,
+              served, against the model's own eager experts with the same (dequantized) weights; steps.py, the same
+              quantization in plain torch, is the floor. What the kernel cannot do yet runs as the bf16 specification,
+              and its row says so
+    overhead  what an eager call costs the host, argument checks included (GPU only)
+    block     router and experts of one Qwen3-MoE block at 1, 8 and 64 tokens: megamoe beside transformers' `eager`,
+              `grouped_mm` and `batched_mm`; eager, compiled and graph-captured
+
+Exit status: 0 when the logits held their gate and every block of megamoe ran, else 1. What another implementation
+cannot run is a row with its reason.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":  # a script's own folder must not shadow packages of the same names
+    sys.path[:] = [str(ROOT)] + [
+        entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, ROOT / "benchmarks")
+    ]
+
+from megamoe import EPConfig, MoEConfig, MoELayer, Workspace, support  # noqa: E402
+from megamoe.integrations.dequantized import round_experts  # noqa: E402
+from megamoe.integrations.experts import find_experts  # noqa: E402
+from megamoe.integrations.logits import eager_logits, logits_error, served_logits  # noqa: E402
+from megamoe.integrations.tiny import FAMILIES, tiny_model  # noqa: E402
+from megamoe.integrations.transformers import IMPLEMENTATION, enable  # noqa: E402
+from megamoe.ranks import init_process_group, rank_from_env  # noqa: E402
+
+MODEL_SIZES = {
+    "qwen3_moe": {"hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 32, "num_experts_per_tok": 4},
+    "mixtral": {"hidden_size": 1024, "intermediate_size": 1024},
+    "deepseek_v3": {"hidden_size": 1024, "moe_intermediate_size": 512, "n_routed_experts": 32, "n_group": 8,
+                    "topk_group": 4, "num_experts_per_tok": 8},
+    "gpt_oss": {"hidden_size": 960, "intermediate_size": 480, "num_local_experts": 32, "num_experts_per_tok": 4},
+}  # fmt: skip
+BLOCK_SIZES = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
+SMALL_BLOCK = {"hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 8}
+MAX_KL_OVER_FLOOR = 2.0
+"""Served KL may be this many times the floor's, plus 1e-5: sums run in another order, and neither is the truth."""
+IMPLEMENTATIONS = (IMPLEMENTATION, "eager", "grouped_mm", "batched_mm")
+
+
+def logits_row(family: str, device: torch.device, positions: int, sequence: int, sizes: dict) -> dict:
+    """Errors over this rank's share of `positions`. Collective."""
+    rank = rank_from_env()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = tiny_model(family, **sizes).to(device, dtype)
+    count = -(-positions // (sequence * rank.ep_size))
+    generator = torch.Generator().manual_seed(rank.ep_rank)
+    ids = [torch.randint(256, (1, sequence), generator=generator).to(device) for _ in range(count)]
+    config = next(iter(find_experts(model, "fp8").values())).config
+    reasons = support(config, EPConfig(sequence), device, ep_size=rank.ep_size).reasons
+    row = {"part": "logits", "family": family, "positions": count * sequence * rank.ep_size, "ranks": rank.ep_size}
+    how = {"ep_config": EPConfig(sequence), "weight_format": "bf16" if reasons else "fp8"}
+    if reasons:
+        row["kernel"] = f"not run: {'; '.join(reasons)}"
+        served = served_logits(model, ids, spec=True, **how)
+        floor = eager = eager_logits(model, ids)
+    else:
+        row["kernel"] = "run" if device.type == "cuda" else "steps.py on a CPU"
+        round_experts(model, "fp8")
+        eager = eager_logits(model, ids)
+        floor = served_logits(model, ids, spec=True, **how)
+        served = served_logits(model, ids, **how)
+    for name, logits in (("served", served), ("floor", floor)):
+        error = logits_error(logits, eager)
+        numbers = torch.tensor([error.kl, error.top1, error.rel_l2], dtype=torch.float64, device=device)
+        if rank.ep_size > 1:
+            dist.all_reduce(numbers)
+        row |= {f"{name}_{key}": value / rank.ep_size for key, value in zip(("kl", "top1", "rel_l2"), numbers.tolist())}
+    limit = MAX_KL_OVER_FLOOR * row["floor_kl"] + 1e-5 if not reasons else 1e-3
+    row["ok"] = row["served_kl"] <= limit
+    return row
+
+
+@torch.no_grad()
+def overhead_row(device: torch.device) -> dict:
+    """Median host time of one eager call, the queue never full: 50 calls of one token between two synchronizations."""
+    if device.type != "cuda":
+        return {"part": "overhead", "not_run": "a CPU call computes where it is issued"}
+    rank = rank_from_env()
+    config = MoEConfig(1024, 512, 32, 4)
+    with Workspace(config, EPConfig(64), device=device) as workspace:
+        layer, local = MoELayer(config, workspace), config.num_local_experts(rank.ep_size)
+        layer.load_weights(*(torch.randn(local, n, k, device=device) / k**0.5 for n, k in ((1024, 1024), (1024, 512))))
+        x = torch.randn(1, 1024, device=device, dtype=torch.bfloat16)
+        topk_idx = torch.arange(4, device=device)[None]
+        topk_weights, out = torch.full((1, 4), 0.25, device=device), torch.empty_like(x)
+        times = []
+        for _ in range(30):
+            torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            for _ in range(50):
+                layer(x, topk_idx, topk_weights, num_tokens_bound=1, out=out)
+            times.append((time.perf_counter() - begin) / 50 * 1e6)
+        torch.cuda.synchronize(device)
+        layer.check()
+    return {
+        "part": "overhead",
+        "us_per_call": statistics.median(times[5:]),
+        "min_us": min(times),
+        "ranks": rank.ep_size,
+    }
+
+
+@torch.no_grad()
+def block_rows(device: torch.device, batches: list[int], sizes: dict):
+    """One row an implementation, mode and batch; all ranks run all of them, in this order."""
+    on_cuda, rank = device.type == "cuda", rank_from_env()
+    dtype = torch.bfloat16 if on_cuda else torch.float32
+    model = tiny_model("qwen3_moe", num_hidden_layers=1, **sizes).to(device, dtype)
+    block = model.model.layers[0].mlp
+    weight_format = "fp8" if on_cuda else "bf16"
+    with enable(model, ep_config=EPConfig(max(batches)), weight_format=weight_format) as serving:
+        for batch in batches:
+            x = torch.randn(1, batch, sizes["hidden_size"], device=device, dtype=dtype)
+            serving.num_tokens_bound = batch
+            for implementation in IMPLEMENTATIONS:
+                model.set_experts_implementation(implementation)
+                for mode in ("eager", "compiled", "graph"):
+                    row = {"part": "block", "implementation": implementation, "mode": mode, "batch": batch,
+                           "ranks": rank.ep_size, "experts": weight_format if implementation == IMPLEMENTATION
+                           else str(dtype).removeprefix("torch.")}  # fmt: skip
+                    yield row | _timed(lambda x=x: block(x), mode, implementation, on_cuda)
+        model.set_experts_implementation(IMPLEMENTATION)
+        serving.check()
+
+
+def _timed(call: Callable, mode: str, implementation: str, on_cuda: bool) -> dict:
+    if implementation == "eager" and mode != "eager":
+        return {"not_run": "transformers' eager experts loop over experts that the host must know"}
+    if mode != "eager" and not on_cuda:
+        return {"not_run": "no GPU"}
+    try:
+        if mode == "compiled":
+            torch._dynamo.reset()
+            call = torch.compile(call, fullgraph=True)
+        for _ in range(5):
+            call()
+        return {"us": _median_us(_captured(call) if mode == "graph" else call, on_cuda)}
+    except Exception as error:  # a rival that cannot is a row, not the end of the run
+        text = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}" if str(error) else repr(error)
+        return {"failed" if implementation == IMPLEMENTATION else "not_run": text}
+
+
+def _captured(call: Callable) -> Callable:
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        call()
+    return graph.replay
+
+
+def _median_us(call: Callable, on_cuda: bool, count: int = 30) -> float:
+    times = []
+    for _ in range(count if on_cuda else 3):
+        if on_cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3)
+        else:
+            start = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - start) * 1e6)
+    us = torch.tensor(statistics.median(times), dtype=torch.float64, device="cuda" if on_cuda else "cpu")
+    if dist.is_initialized():
+        dist.all_reduce(us, op=dist.ReduceOp.MAX)
+    return float(us)
+
+
+def line(row: dict) -> str:
+    """One row for people."""
+    if row["part"] == "logits":
+        return (f"logits  {row['family']:<12} {'ok' if row['ok'] else 'WRONG':<6} KL {row['served_kl']:.2e} (floor "
+                f"{row['floor_kl']:.2e}), top-1 {row['served_top1']:.2%} (floor {row['floor_top1']:.2%}), rel L2 "
+                f"{row['served_rel_l2']:.2e} (floor {row['floor_rel_l2']:.2e}), {row['positions']} positions; kernel "
+                f"{row['kernel']}")  # fmt: skip
+    what = (
+        "overhead"
+        if row["part"] == "overhead"
+        else f"block   {row['batch']:>3} {row['implementation']:<11}{row['mode']:<9}"
+    )
+    for kind in ("not_run", "failed"):
+        if kind in row:
+            return f"{what} {kind.replace('_', ' ')}: {row[kind]}"
+    return f"{what} {row.get('us', row.get('us_per_call')):9.1f} us" + (
+        f" ({row['experts']})" if "experts" in row else ""
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="logits,overhead,block")
+    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--positions", type=int, help="over all ranks; default 4096, on a CPU 64")
+    parser.add_argument("--sequence", type=int, help="tokens a forward; default 512, on a CPU 32")
+    parser.add_argument("--batches", default="1,8,64", help="tokens of the block")
+    parser.add_argument("--json", type=Path, help="file to append one JSON object a row to")
+    given = parser.parse_args(argv)
+    own_group = rank_from_env().ep_size > 1 and not dist.is_initialized()
+    rank = init_process_group() if rank_from_env().ep_size > 1 else rank_from_env()
+    on_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", rank.local_rank) if on_cuda else torch.device("cpu")
+    positions, sequence = given.positions or (4096 if on_cuda else 64), given.sequence or (512 if on_cuda else 32)
+    ok = True
+
+    def tell(row: dict) -> None:
+        if rank.ep_rank == 0:
+            print(line(row), flush=True)
+            if given.json:
+                with given.json.open("a") as file:
+                    file.write(json.dumps(row | {"device": torch.cuda.get_device_name() if on_cuda else "cpu"}) + "\n")
+
+    parts = given.parts.split(",")
+    if "logits" in parts:
+        for family in given.families.split(","):
+            row = logits_row(family, device, positions, sequence, MODEL_SIZES[family] if on_cuda else {})
+            ok = ok and row["ok"]
+            tell(row)
+    if "overhead" in parts:
+        tell(overhead_row(device))
+    if "block" in parts:
+        batches = [int(batch) for batch in given.batches.split(",")]
+        for row in block_rows(device, batches, BLOCK_SIZES if on_cuda else SMALL_BLOCK):
+            ok = ok and "failed" not in row
+            tell(row)
+    if own_group:
+        dist.destroy_process_group()
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

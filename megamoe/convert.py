@@ -1,0 +1,268 @@
+"""python -m megamoe convert SRC DST --format F: a whole checkpoint in another number format, shard by shard.
+
+    fp8    experts' plain weights become e4m3 with a `weight_scale_inv` per 128x128 block; all else is copied
+    bf16   block-FP8 tensors, experts or not, become bf16, as do experts' plain weights; all else is copied
+
+Every shard keeps its name. `convert.json` in DST records the sha256 of each source shard and of what was made of it: a
+run that was cut short goes on where it ended, and a shard whose source or result has changed is made again.
+Another format is an entry of FORMATS: a `Conversion` says what becomes of one tensor.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megamoe.checkpoint import DTYPES, INDEX_NAME, SINGLE_NAME, Checkpoint, CheckpointError
+from megamoe.checkpoint_layouts import PLAIN_DTYPES, PROJECTIONS, blocks_of
+from megamoe.config import BLOCK
+from megamoe.progress import Progress
+from megamoe.quant.fp8 import dequantize_blocks, quantize_blocks
+from megamoe.safetensors_file import file_digest, write_file
+
+MANIFEST_NAME = "convert.json"
+EXPERT = re.compile(
+    r"\.experts\.\d+\.(" + "|".join(name for names in PROJECTIONS.values() for name in names) + r")\.weight$"
+)
+SCALE = "_scale_inv"
+NAMES = {torch_dtype: name for name, torch_dtype in DTYPES.items()}
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+
+
+class Source(NamedTuple):
+    """One tensor of the source: dtype as safetensors spells it; has_sf: a scale factor tensor is there for it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    has_sf: bool
+
+    @property
+    def is_expert(self) -> bool:
+        return EXPERT.search(self.name) is not None
+
+
+class Conversion(NamedTuple):
+    """described: what comes out, name -> (dtype, shape); make: (tensor, sf or None) -> those tensors, in that order."""
+
+    described: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    make: Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, ...]]
+
+
+def _copied(source: Source) -> Conversion:
+    return Conversion({source.name: (DTYPES[source.dtype], source.shape)}, lambda tensor, _: (tensor,))
+
+
+def to_bf16(source: Source) -> Conversion:
+    """bf16: see the module's docstring."""
+    if source.dtype == "F8_E4M3" and source.has_sf:
+        return Conversion({source.name: (torch.bfloat16, source.shape)}, lambda tensor, sf: (_dequantize(tensor, sf),))
+    if source.is_expert and source.dtype in PLAIN_DTYPES:
+        return Conversion({source.name: (torch.bfloat16, source.shape)}, lambda tensor, _: (tensor.bfloat16(),))
+    return _copied(source)
+
+
+def to_fp8(source: Source) -> Conversion:
+    """fp8: see the module's docstring."""
+    if source.dtype == "F8_E4M3" and source.has_sf:
+        described = _copied(source).described | {
+            source.name + SCALE: (torch.float32, tuple(map(blocks_of, source.shape)))
+        }
+        return Conversion(described, lambda tensor, sf: (tensor, sf))
+    if not (source.is_expert and source.dtype in PLAIN_DTYPES):
+        return _copied(source)
+    described = {
+        source.name: (torch.float8_e4m3fn, source.shape),
+        source.name + SCALE: (torch.float32, tuple(map(blocks_of, source.shape))),
+    }
+    return Conversion(described, lambda tensor, _: _quantize(tensor))
+
+
+FORMATS: dict[str, Callable[[Source], Conversion]] = {"bf16": to_bf16, "fp8": to_fp8}
+
+
+def _padded(matrix: torch.Tensor) -> torch.Tensor:
+    rows, columns = matrix.shape
+    return torch.nn.functional.pad(matrix.view(_bytes_of(matrix)), (0, -columns % BLOCK, 0, -rows % BLOCK)).view(
+        matrix.dtype
+    )
+
+
+def _bytes_of(matrix: torch.Tensor) -> torch.dtype:
+    return torch.uint8 if matrix.element_size() == 1 else matrix.dtype  # e4m3 is padded as what it is stored in
+
+
+def _quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values, sf = quantize_blocks(_padded(weight))
+    rows, columns = weight.shape
+    return values.view(torch.uint8)[:rows, :columns].contiguous().view(values.dtype), sf
+
+
+def _dequantize(values: torch.Tensor, sf: torch.Tensor) -> torch.Tensor:
+    rows, columns = values.shape
+    whole = torch.empty(rows, columns, dtype=torch.bfloat16)
+    for row in range(0, rows, BLOCK):  # one row of blocks at a time: the fp32 copy stays small
+        part = values[row : row + BLOCK]
+        wide = dequantize_blocks(_padded(part), sf[row // BLOCK : row // BLOCK + 1])
+        whole[row : row + BLOCK] = wide[: len(part), :columns]
+    return whole
+
+
+def convert(
+    source: str | Path, target: str | Path, weight_format: str, *, progress: Callable[[int], object] | None = None
+) -> list[str]:
+    """Convert the checkpoint directory `source` to `target`; returns the names of the shards written by this call.
+
+    weight_format: a key of FORMATS. progress: called with the source bytes done. Peak memory: one tensor and what it
+    becomes. CheckpointError lists all that is wrong with the source, before anything is written; ValueError for a
+    target that is the source, holds another conversion, or lies on too small a disk.
+    """
+    source, target = Path(source), Path(target)
+    make = FORMATS[weight_format]
+    checkpoint = Checkpoint(source)
+    if not source.is_dir() or source.resolve() == target.resolve():
+        raise ValueError(f"DST {target}: source and destination must be two directories")
+    shards = _plan(checkpoint, make)
+    config = json.loads((source / "config.json").read_text()) if (source / "config.json").is_file() else None
+    target.mkdir(parents=True, exist_ok=True)
+    manifest = _open_manifest(target, weight_format)
+    needed = sum(_bytes(c.described) for shard in shards.values() for _, c in shard)
+    free = shutil.disk_usage(target).free + sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    if needed > free:
+        raise ValueError(f"DST {target}: {needed} bytes are needed, {free} are free; make room, the run then goes on")
+    written = []
+    for file, conversions in shards.items():
+        digest = file_digest(source / file)
+        entry, done = manifest["shards"].get(file), target / file
+        if entry is None or entry["source"] != digest or not done.is_file() or file_digest(done) != entry["sha256"]:
+            described = {
+                name: (NAMES[dtype], shape, dtype)
+                for _, conversion in conversions
+                for name, (dtype, shape) in conversion.described.items()
+            }
+            sha256 = write_file(done, described, _tensors(checkpoint, conversions, progress))
+            manifest["shards"][file] = {"source": digest, "sha256": sha256}
+            _write_json(target / MANIFEST_NAME, manifest)
+            written.append(file)
+        elif progress is not None:
+            progress(sum(_source_bytes(checkpoint, conversion_source.name) for conversion_source, _ in conversions))
+    _write_rest(checkpoint, target, shards, config, weight_format)
+    return written
+
+
+def _plan(checkpoint: Checkpoint, make) -> dict[str, list[tuple[Source, Conversion]]]:
+    """Shard file -> its tensors in the order of the file, scale factors with the tensor that they belong to."""
+    names, problems = set(checkpoint.names), []
+    shards: dict[str, list[tuple[Source, Conversion]]] = {}
+    for name in names:
+        info = checkpoint.describe(name)
+        if info is None:
+            problems.append(f"missing: {name} (the index says {checkpoint.file_of(name)}, which lacks it)")
+        elif info.dtype not in DTYPES:
+            problems.append(f"dtype: {name} is {info.dtype}, which is not read here; known: {', '.join(DTYPES)}")
+        elif name.endswith((".gate_up_proj", ".gate_up_proj_blocks")):
+            problems.append(f"layout: {name} holds all experts of a layer; such checkpoints are converted as they load")
+        elif info.dtype == "F8_E4M3" and len(info.shape) == 2:
+            sf = checkpoint.describe(name + SCALE) if name + SCALE in names else None
+            wanted = tuple(map(blocks_of, info.shape))
+            if sf is None:
+                problems.append(f"missing: {name}{SCALE}, the scale factors of an e4m3 tensor")
+            elif sf.shape != wanted:
+                problems.append(f"misshapen: {name}{SCALE} is {list(sf.shape)}, blocks of 128 give {list(wanted)}")
+        if name.endswith(SCALE) and name.removesuffix(SCALE) not in names:
+            problems.append(f"extra: {name} belongs to no tensor")
+    if problems:
+        raise CheckpointError(checkpoint.path, sorted(problems))
+    for name in sorted(names, key=checkpoint.place_of):
+        if not name.endswith(SCALE):
+            info = checkpoint.describe(name)
+            source = Source(name, info.dtype, info.shape, name + SCALE in names)
+            shards.setdefault(checkpoint.file_of(name), []).append((source, make(source)))
+    return shards
+
+
+def _tensors(checkpoint: Checkpoint, conversions, progress) -> Iterator[tuple[str, torch.Tensor]]:
+    for source, conversion in conversions:
+        tensor = checkpoint.read_row(source.name, None)
+        num_bytes = tensor.nbytes
+        sf = checkpoint.read_row(source.name + SCALE, None).float() if source.has_sf else None
+        yield from zip(conversion.described, conversion.make(tensor, sf), strict=True)
+        if progress is not None:
+            progress(num_bytes)
+
+
+def _bytes(described: dict) -> int:
+    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in described.values())
+
+
+def _source_bytes(checkpoint: Checkpoint, name: str) -> int:
+    info = checkpoint.describe(name)
+    return info.end - info.begin
+
+
+def _open_manifest(target: Path, weight_format: str) -> dict:
+    path = target / MANIFEST_NAME
+    manifest = json.loads(path.read_text()) if path.is_file() else {"format": weight_format, "shards": {}}
+    if manifest["format"] != weight_format or (not path.is_file() and any(target.glob("*.safetensors"))):
+        raise ValueError(f"DST {target} holds another checkpoint; give an empty directory, or remove it first")
+    return manifest
+
+
+def _write_json(path: Path, value: dict) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)
+
+
+def _write_rest(checkpoint: Checkpoint, target: Path, shards: dict, config: dict | None, weight_format: str) -> None:
+    """Index, configuration, and the files that are no weights."""
+    made = {file: [name for _, c in shard for name in c.described] for file, shard in shards.items()}
+    if list(made) != [SINGLE_NAME]:
+        total = sum(_bytes(c.described) for shard in shards.values() for _, c in shard)
+        weight_map = {name: file for file, names in made.items() for name in names}
+        _write_json(target / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for file in checkpoint.path.iterdir():
+        if file.is_file() and file.suffix not in WEIGHT_FILES and file.name not in (INDEX_NAME, "config.json"):
+            shutil.copyfile(file, target / file.name)
+    if config is None:
+        return
+    config.pop("quantization_config", None)
+    if weight_format == "fp8":
+        quantized = {name for names in made.values() for name in names if name + SCALE in set(names)}
+        plain = {
+            name for names in made.values() for name in names if name.endswith(".weight") and name not in quantized
+        }
+        config["quantization_config"] = {
+            "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK],
+            "modules_to_not_convert": sorted(name.removesuffix(".weight") for name in plain),
+        }  # fmt: skip
+    _write_json(target / "config.json", config)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m megamoe convert", description=__doc__.partition(": ")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("src", metavar="SRC", help="directory with safetensors (pickle is never read)")
+    parser.add_argument("dst", metavar="DST", help="directory to make, or to go on with")
+    parser.add_argument("--format", choices=sorted(FORMATS), required=True, help="number format of the experts")
+    given = parser.parse_args(argv)
+    try:
+        checkpoint = Checkpoint(given.src)
+        total = sum(_source_bytes(checkpoint, name) for name in checkpoint.names if checkpoint.describe(name))
+        with Progress("convert", total) as progress:
+            written = convert(given.src, given.dst, given.format, progress=progress)
+    except (ValueError, OSError) as error:
+        print(f"convert: {error}", file=sys.stderr)
+        return 1
+    shards = json.loads((Path(given.dst) / MANIFEST_NAME).read_text())["shards"]
+    print(f"{given.dst}: {len(shards)} shard(s) in {given.format}, {len(written)} written now, "
+          f"{len(shards) - len(written)} found complete by their sha256")  # fmt: skip
+    return 0

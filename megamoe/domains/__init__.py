@@ -1,0 +1,1 @@
+"""Ranks in several NVLink domains: which rank is where, what travels between domains, and the layer on top."""

@@ -1,0 +1,36 @@
+"""Kernels are compiled before any rank waits for another on the device, by one rank a node."""
+
+import torch.distributed as dist
+
+from megamoe.ranks import rank_from_env
+
+
+def compile_once_a_node(workspace) -> None:
+    """The node's first rank compiles what the workspace's calls can choose; the others then find it in the cache.
+
+    Collective over the workspace's group, on the host: no device deadline runs meanwhile. What fails on one rank is
+    raised on all. A cache that ranks do not share only means that each compiles for itself, as before.
+    """
+    if workspace.group is None or dist.get_world_size(workspace.group) == 1:
+        return  # the engine compiles where it loads
+    problem = None
+    if rank_from_env().local_rank == 0:
+        try:
+            compile_for(workspace.moe_configs, workspace.ep_size, workspace.ep_config.num_max_tokens_per_rank)
+        except Exception as error:  # any of them would leave the peers waiting
+            problem = f"{type(error).__name__}: {error}"
+    problems = [None] * dist.get_world_size(workspace.group)
+    dist.all_gather_object(problems, problem, group=workspace.group)
+    for ep_rank, theirs in enumerate(problems):
+        if theirs is not None:
+            raise RuntimeError(f"rank {ep_rank} could not compile the kernel: {theirs}")
+
+
+def compile_for(configs, ep_size: int, capacity: int) -> list:
+    """Compile into the cache every kernel that calls of up to `capacity` tokens a rank can choose; needs no GPU."""
+    from megamoe.builds import kernel_build
+    from megamoe.engine_fused import blocks_of
+    from megamoe_cuda.compile import compile_kernel
+
+    builds = [kernel_build(block) for block in blocks_of(configs, ep_size, capacity)]
+    return [compile_kernel(build.source, build.entry, build.defines) for build in builds]
