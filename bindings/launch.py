@@ -20,6 +20,11 @@ PARAM_ALIGN = 128
 MAX_CLUSTER = 8  # the portable limit; above it a launch may fail on a GPU with disabled SMs
 
 
+def copy_async(dst: int, src: int, nbytes: int, stream: int) -> None:
+    """nbytes from device address src to dst, either of which may be a peer's, on the stream of this handle."""
+    check(driver().cuMemcpyAsync(dst, src, nbytes, stream), "cuMemcpyAsync")
+
+
 class LoadedKernel:
     """One entry of a cubin, loaded into the current context, with `smem_bytes` of dynamic shared memory a block.
 

@@ -19,7 +19,7 @@
 #include "pipeline/exit.cuh"
 #include "pipeline/store.cuh"
 #include "roles.cuh"
-#include "sched/table.cuh"
+#include "sched/plan.cuh"
 
 #ifndef WEIGHT_FORMAT
 #define WEIGHT_FORMAT kFp8
@@ -88,7 +88,7 @@ extern "C" __global__ void MOE_CLUSTER __launch_bounds__(kNumThreads, 1)
     if (warp >= kExchangeWarp) {
         ptx::setmaxnreg_dec<Kernel::kExchangeRegisters>();
         push_head(l);
-        push_rows<Kernel>(l);
+        push_rows(l, s);
         if constexpr (!Kernel::kWeightsOnM) permute_rows(l, s);
         if (warp_id() == kExchangeWarp) trace(l, s, kTrace_exchange, kEvent_pushed, 0);
         combine(l, s);
@@ -97,7 +97,7 @@ extern "C" __global__ void MOE_CLUSTER __launch_bounds__(kNumThreads, 1)
         if (warp == 0) trace(l, s, kTrace_plan, kEvent_start, 0);
         bool planned = wait_heads(l, s, thread);
         if (thread == 0) prefetch_first_tile<Kernel>(l);
-        planned = planned && build_row_list(l, s, thread);
+        planned = planned && plan_rows(l, s, thread);
         if (!planned) s.healthy = 0;
         if (warp == 0) trace(l, s, kTrace_plan, kEvent_list, 0);
         agree_in_cluster(l, s, thread);

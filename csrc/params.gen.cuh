@@ -10,6 +10,10 @@ constexpr u32 kMaxVirtualRanks = 8;
 constexpr u32 kMaxTopk = 16;
 constexpr u32 kMaxLocalExperts = 256;
 constexpr u32 kHeadSliceTokens = 64;
+constexpr u32 kChoicePasses = 8;
+constexpr u32 kReplicaHeaderWords = 4;
+constexpr u32 kMaxLogicalExperts = 512;
+constexpr u32 kMaxCopies = 1024;
 constexpr u32 kNumThreads = 512;
 constexpr u32 kExchangeWarps = 4;
 constexpr u32 kCombineStep = 256;
@@ -19,7 +23,7 @@ constexpr u32 kFp8ImageSfOffset = 32768;
 constexpr u32 kFp8ImageCopyBytes = 32784;
 constexpr u32 kTraceRecords = 2048;
 constexpr u32 kNumTraceRoles = 7;
-constexpr u32 kNumRegions = 21;
+constexpr u32 kNumRegions = 23;
 constexpr u32 kFp8ImagePitchBytes = 32896;
 constexpr u32 kMxfp4ScalesOffset = 16384;
 constexpr u32 kMxfp4ImageSfOffset = 17408;
@@ -81,6 +85,12 @@ enum Event : u32 {
     kEvent_end,
 };
 
+enum Choice : u32 {
+    kChoice_static,
+    kChoice_balanced,
+    kChoice_min_active,
+};
+
 enum Fault : u32 {
     kFault_routing,
     kFault_count,
@@ -101,6 +111,7 @@ enum Region : u32 {
     kRegion_recv_x,
     kRegion_recv_x_sf,
     kRegion_combine_y,
+    kRegion_staging,
     kRegion_control,
     kRegion_record,
     kRegion_range_ready,
@@ -108,6 +119,7 @@ enum Region : u32 {
     kRegion_h_ready,
     kRegion_block_done,
     kRegion_range_count,
+    kRegion_chosen,
     kRegion_row_list,
     kRegion_x_image_ready,
     kRegion_x_image,
@@ -126,6 +138,8 @@ struct RankParams {
     u64 local;
     u64 status;
     u64 trace;
+    u64 replica_map;
+    u64 load_count;
     u64 linear1_dump;
     u32 num_tokens;
     u32 ep_rank;
@@ -141,10 +155,12 @@ static_assert(MOE_OFFSETOF(RankParams, linear2) == 56);
 static_assert(MOE_OFFSETOF(RankParams, local) == 64);
 static_assert(MOE_OFFSETOF(RankParams, status) == 72);
 static_assert(MOE_OFFSETOF(RankParams, trace) == 80);
-static_assert(MOE_OFFSETOF(RankParams, linear1_dump) == 88);
-static_assert(MOE_OFFSETOF(RankParams, num_tokens) == 96);
-static_assert(MOE_OFFSETOF(RankParams, ep_rank) == 100);
-static_assert(sizeof(RankParams) == 104);
+static_assert(MOE_OFFSETOF(RankParams, replica_map) == 88);
+static_assert(MOE_OFFSETOF(RankParams, load_count) == 96);
+static_assert(MOE_OFFSETOF(RankParams, linear1_dump) == 104);
+static_assert(MOE_OFFSETOF(RankParams, num_tokens) == 112);
+static_assert(MOE_OFFSETOF(RankParams, ep_rank) == 116);
+static_assert(sizeof(RankParams) == 120);
 
 struct KernelParams {
     u64 arena[32];
@@ -159,6 +175,7 @@ struct KernelParams {
     u64 off_recv_x;
     u64 off_recv_x_sf;
     u64 off_combine_y;
+    u64 off_staging;
     u64 off_control;
     u64 off_record;
     u64 off_range_ready;
@@ -166,6 +183,7 @@ struct KernelParams {
     u64 off_h_ready;
     u64 off_block_done;
     u64 off_range_count;
+    u64 off_chosen;
     u64 off_row_list;
     u64 off_x_image_ready;
     u64 off_x_image;
@@ -195,50 +213,52 @@ struct KernelParams {
 };
 static_assert(MOE_OFFSETOF(KernelParams, arena) == 0);
 static_assert(MOE_OFFSETOF(KernelParams, ranks) == 256);
-static_assert(MOE_OFFSETOF(KernelParams, off_abort) == 1088);
-static_assert(MOE_OFFSETOF(KernelParams, off_head_ready) == 1096);
-static_assert(MOE_OFFSETOF(KernelParams, off_head_num_tokens) == 1104);
-static_assert(MOE_OFFSETOF(KernelParams, off_x_ready) == 1112);
-static_assert(MOE_OFFSETOF(KernelParams, off_combine_ready) == 1120);
-static_assert(MOE_OFFSETOF(KernelParams, off_head_idx) == 1128);
-static_assert(MOE_OFFSETOF(KernelParams, off_head_weights) == 1136);
-static_assert(MOE_OFFSETOF(KernelParams, off_recv_x) == 1144);
-static_assert(MOE_OFFSETOF(KernelParams, off_recv_x_sf) == 1152);
-static_assert(MOE_OFFSETOF(KernelParams, off_combine_y) == 1160);
-static_assert(MOE_OFFSETOF(KernelParams, off_control) == 1168);
-static_assert(MOE_OFFSETOF(KernelParams, off_record) == 1176);
-static_assert(MOE_OFFSETOF(KernelParams, off_range_ready) == 1184);
-static_assert(MOE_OFFSETOF(KernelParams, off_list_ready) == 1192);
-static_assert(MOE_OFFSETOF(KernelParams, off_h_ready) == 1200);
-static_assert(MOE_OFFSETOF(KernelParams, off_block_done) == 1208);
-static_assert(MOE_OFFSETOF(KernelParams, off_range_count) == 1216);
-static_assert(MOE_OFFSETOF(KernelParams, off_row_list) == 1224);
-static_assert(MOE_OFFSETOF(KernelParams, off_x_image_ready) == 1232);
-static_assert(MOE_OFFSETOF(KernelParams, off_x_image) == 1240);
-static_assert(MOE_OFFSETOF(KernelParams, off_h) == 1248);
-static_assert(MOE_OFFSETOF(KernelParams, recv_x_pitch) == 1256);
-static_assert(MOE_OFFSETOF(KernelParams, recv_x_sf_pitch) == 1264);
-static_assert(MOE_OFFSETOF(KernelParams, head_pitch) == 1272);
-static_assert(MOE_OFFSETOF(KernelParams, prefetch_stages) == 1280);
-static_assert(MOE_OFFSETOF(KernelParams, arrive_deadline_ns) == 1288);
-static_assert(MOE_OFFSETOF(KernelParams, step_deadline_ns) == 1296);
-static_assert(MOE_OFFSETOF(KernelParams, ep_size) == 1304);
-static_assert(MOE_OFFSETOF(KernelParams, ctas_per_rank) == 1308);
-static_assert(MOE_OFFSETOF(KernelParams, hidden) == 1312);
-static_assert(MOE_OFFSETOF(KernelParams, intermediate) == 1316);
-static_assert(MOE_OFFSETOF(KernelParams, num_local_experts) == 1320);
-static_assert(MOE_OFFSETOF(KernelParams, topk) == 1324);
-static_assert(MOE_OFFSETOF(KernelParams, capacity) == 1328);
-static_assert(MOE_OFFSETOF(KernelParams, slices) == 1332);
-static_assert(MOE_OFFSETOF(KernelParams, order_group) == 1336);
-static_assert(MOE_OFFSETOF(KernelParams, order_lag) == 1340);
-static_assert(MOE_OFFSETOF(KernelParams, combine_columns) == 1344);
-static_assert(MOE_OFFSETOF(KernelParams, combine_chunks) == 1348);
-static_assert(MOE_OFFSETOF(KernelParams, x_is_fp8) == 1352);
-static_assert(MOE_OFFSETOF(KernelParams, idx_is_int64) == 1356);
-static_assert(MOE_OFFSETOF(KernelParams, weights_are_bf16) == 1360);
-static_assert(MOE_OFFSETOF(KernelParams, swiglu_limit) == 1364);
-static_assert(sizeof(KernelParams) == 1368);
+static_assert(MOE_OFFSETOF(KernelParams, off_abort) == 1216);
+static_assert(MOE_OFFSETOF(KernelParams, off_head_ready) == 1224);
+static_assert(MOE_OFFSETOF(KernelParams, off_head_num_tokens) == 1232);
+static_assert(MOE_OFFSETOF(KernelParams, off_x_ready) == 1240);
+static_assert(MOE_OFFSETOF(KernelParams, off_combine_ready) == 1248);
+static_assert(MOE_OFFSETOF(KernelParams, off_head_idx) == 1256);
+static_assert(MOE_OFFSETOF(KernelParams, off_head_weights) == 1264);
+static_assert(MOE_OFFSETOF(KernelParams, off_recv_x) == 1272);
+static_assert(MOE_OFFSETOF(KernelParams, off_recv_x_sf) == 1280);
+static_assert(MOE_OFFSETOF(KernelParams, off_combine_y) == 1288);
+static_assert(MOE_OFFSETOF(KernelParams, off_staging) == 1296);
+static_assert(MOE_OFFSETOF(KernelParams, off_control) == 1304);
+static_assert(MOE_OFFSETOF(KernelParams, off_record) == 1312);
+static_assert(MOE_OFFSETOF(KernelParams, off_range_ready) == 1320);
+static_assert(MOE_OFFSETOF(KernelParams, off_list_ready) == 1328);
+static_assert(MOE_OFFSETOF(KernelParams, off_h_ready) == 1336);
+static_assert(MOE_OFFSETOF(KernelParams, off_block_done) == 1344);
+static_assert(MOE_OFFSETOF(KernelParams, off_range_count) == 1352);
+static_assert(MOE_OFFSETOF(KernelParams, off_chosen) == 1360);
+static_assert(MOE_OFFSETOF(KernelParams, off_row_list) == 1368);
+static_assert(MOE_OFFSETOF(KernelParams, off_x_image_ready) == 1376);
+static_assert(MOE_OFFSETOF(KernelParams, off_x_image) == 1384);
+static_assert(MOE_OFFSETOF(KernelParams, off_h) == 1392);
+static_assert(MOE_OFFSETOF(KernelParams, recv_x_pitch) == 1400);
+static_assert(MOE_OFFSETOF(KernelParams, recv_x_sf_pitch) == 1408);
+static_assert(MOE_OFFSETOF(KernelParams, head_pitch) == 1416);
+static_assert(MOE_OFFSETOF(KernelParams, prefetch_stages) == 1424);
+static_assert(MOE_OFFSETOF(KernelParams, arrive_deadline_ns) == 1432);
+static_assert(MOE_OFFSETOF(KernelParams, step_deadline_ns) == 1440);
+static_assert(MOE_OFFSETOF(KernelParams, ep_size) == 1448);
+static_assert(MOE_OFFSETOF(KernelParams, ctas_per_rank) == 1452);
+static_assert(MOE_OFFSETOF(KernelParams, hidden) == 1456);
+static_assert(MOE_OFFSETOF(KernelParams, intermediate) == 1460);
+static_assert(MOE_OFFSETOF(KernelParams, num_local_experts) == 1464);
+static_assert(MOE_OFFSETOF(KernelParams, topk) == 1468);
+static_assert(MOE_OFFSETOF(KernelParams, capacity) == 1472);
+static_assert(MOE_OFFSETOF(KernelParams, slices) == 1476);
+static_assert(MOE_OFFSETOF(KernelParams, order_group) == 1480);
+static_assert(MOE_OFFSETOF(KernelParams, order_lag) == 1484);
+static_assert(MOE_OFFSETOF(KernelParams, combine_columns) == 1488);
+static_assert(MOE_OFFSETOF(KernelParams, combine_chunks) == 1492);
+static_assert(MOE_OFFSETOF(KernelParams, x_is_fp8) == 1496);
+static_assert(MOE_OFFSETOF(KernelParams, idx_is_int64) == 1500);
+static_assert(MOE_OFFSETOF(KernelParams, weights_are_bf16) == 1504);
+static_assert(MOE_OFFSETOF(KernelParams, swiglu_limit) == 1508);
+static_assert(sizeof(KernelParams) == 1512);
 
 struct KernelStatus {
     u32 code;

@@ -22,6 +22,7 @@ VERBS = {
         "a checkpoint's experts in another number format: SRC DST --format fp8|bf16",
     ),
     "plan": ("megamoe.plan.cli", "main", "where experts go, for a recorded or generated load [--json]"),
+    "record": ("megamoe.record", "main", "a model's expert load, step by step, as npz for plan"),
 }
 
 USAGE = """python -m megamoe VERB [arguments]

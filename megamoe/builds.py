@@ -6,7 +6,7 @@ from typing import NamedTuple
 from megamoe.plan.tiles import TILES
 from megamoe_cuda.compile import debug_level
 
-DEBUG_SPILL_BYTES = 160
+DEBUG_SPILL_BYTES = 320
 """What a debug build may spill, stores and loads together; a shipped build nothing."""
 
 
@@ -19,16 +19,18 @@ class KernelBuild(NamedTuple):
     defines: dict[str, int | str]
 
 
-def kernel_build(block_tokens: int, weight_format: str = "fp8") -> KernelBuild:
+def kernel_build(block_tokens: int, weight_format: str = "fp8", plans: bool = False) -> KernelBuild:
     """The fused kernel for tiles of `block_tokens` rows, one of TILES[weight_format]; with MEGAMOE_DEBUG set, its debug
-    build."""
+    build. plans: for workspaces that may be given an expert plan."""
     defines, name = {"BLOCK_TOKENS": block_tokens}, f"mega_moe, {block_tokens} tokens"
     if weight_format == "mxfp4":
         defines, name = defines | {"WEIGHT_FORMAT": "kMxfp4"}, f"mega_moe mxfp4, {block_tokens} tokens"
+    if plans:
+        defines, name = defines | {"PLANS": 1}, f"{name}, with plans"
     if debug_level():
         name, defines = f"{name}, debug", defines | {"DEBUG_CHECKS": 1}
     return KernelBuild(name, "mega_moe.cu", "mega_moe", defines)
 
 
-def kernel_builds() -> tuple[KernelBuild, ...]:
-    return tuple(kernel_build(block, weight_format) for weight_format, tiles in TILES.items() for block in tiles)
+def kernel_builds(plans: bool = False) -> tuple[KernelBuild, ...]:
+    return tuple(kernel_build(block, weight_format, plans) for weight_format, tiles in TILES.items() for block in tiles)

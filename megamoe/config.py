@@ -117,6 +117,10 @@ class EPConfig:
     domain_tokens: with several domains, most rows a rank sends to one domain at once. None = the capacity: shapes never
         depend on the routing, as a CUDA graph needs. A number: less memory and only the rows that the routing asks for,
         in as many rounds as it takes, with counts that meet on the host.
+    num_redundant_slots_per_rank: expert slots on each rank beyond num_experts / ep_size, for further copies of experts
+        (MoELayer.load_plan). Each takes the memory of an expert's weights.
+    num_staged_experts: experts whose weights a rank can receive between two calls of a rebalance; on CUDA each takes
+        symmetric memory for twice its weights. 0: plans cannot be loaded on CUDA.
     """
 
     num_max_tokens_per_rank: int
@@ -126,8 +130,12 @@ class EPConfig:
     num_sms: int | None = None
     ranks_per_domain: int | None = None
     domain_tokens: int | None = None
+    num_redundant_slots_per_rank: int = 0
+    num_staged_experts: int = 0
 
     def __post_init__(self):
+        _check_int("num_redundant_slots_per_rank", self.num_redundant_slots_per_rank, 0)
+        _check_int("num_staged_experts", self.num_staged_experts, 0)
         _check_int("num_max_tokens_per_rank", self.num_max_tokens_per_rank, 1)
         if self.virtual_ranks is not None:
             _check_int("virtual_ranks", self.virtual_ranks, 1)
@@ -152,3 +160,12 @@ class EPConfig:
                 f"domains are equally large: nearest {', '.join(map(str, sorted(nearest)))}"
             )
         return ep_size // size
+
+    @property
+    def takes_plans(self) -> bool:
+        """Layers can be given an expert plan, or count the load of each expert."""
+        return bool(self.num_redundant_slots_per_rank or self.num_staged_experts)
+
+    def num_slots(self, config: MoEConfig, ep_size: int) -> int:
+        """Expert slots on each rank for a layer of ``config``; ValueError where its experts do not divide."""
+        return config.num_local_experts(ep_size) + self.num_redundant_slots_per_rank

@@ -17,6 +17,7 @@ from megamoe.errors import ErrorRecord, MegaMoEError
 from megamoe.plan import tiles
 from megamoe.quant import mxfp4_images
 from megamoe.quant import weights as fp8_images
+from megamoe.replicas import DeviceReplicas
 from megamoe.steps import ExpertWeights, RankInput
 from megamoe_cuda.compile import CompiledKernel, compile_kernel, debug_level
 from megamoe_cuda.device import device_info
@@ -97,7 +98,7 @@ class FusedWorkspace:
                     f"num_sms={num_sms} is less than virtual_ranks={self.num_ranks}; give each rank two SMs"
                 )
             self.dims = layout.dims_of(workspace.moe_configs, self.ep_config, self.ep_size, self.ctas_per_rank)
-            _check_blocks(workspace.moe_configs, self.ep_size, self.ep_config.num_max_tokens_per_rank)
+            _check_blocks(workspace.moe_configs, self.ep_size, self.ep_config)
             self.debug = debug_level() > 0
             self.regions, arena_bytes, local_bytes = layout.place(self.dims, canaries.GAP if self.debug else 0)
             self.kernels = self._load_kernels(workspace.moe_configs)
@@ -110,12 +111,12 @@ class FusedWorkspace:
     def _load_kernels(self, configs) -> dict[tuple[str, int], LoadedKernel]:
         wanted = builds_of(configs, self.ep_size, self.ep_config.num_max_tokens_per_rank)
         with ThreadPoolExecutor(max_workers=4) as pool:  # into the compiler's memory; loading is not for threads
-            list(pool.map(lambda key: _compiled(*key), wanted))
+            list(pool.map(lambda key: _compiled(*key, self.ep_config.takes_plans), wanted))
         return {key: self.load_kernel(*key) for key in wanted}
 
     def load_kernel(self, weight_format: str, block: int, **defines: int) -> LoadedKernel:
         """The kernel for tiles of `block` tokens, with further defines a test or trace build of it."""
-        kernel = _compiled(weight_format, block, **defines)
+        kernel = _compiled(weight_format, block, self.ep_config.takes_plans, **defines)
         shared_bytes = read_symbol_u32(kernel.cubin, "mega_moe_shared_bytes")
         loaded = LoadedKernel(kernel.cubin, kernel.entry, shared_bytes)
         if self.debug:
@@ -177,7 +178,8 @@ class FusedWorkspace:
         if code == "aborted_by_peer":
             raise MegaMoEError(f"launch {r.epoch} was ended by rank {r.origin}, whose own error says why", record)
         if code == "expert_out_of_range":
-            signed = r.have - (1 << 32) if r.have >> 31 else r.have
+            # Bit 30 marks an id that the sender could not map to a slot (kUnmappedIdBit)
+            signed = r.have - (1 << 32) if r.have >> 31 else r.have & ~(1 << 30)
             src_rank, token = divmod(r.index, layout.MAX_TOKENS)
             raise MegaMoEError(
                 f"topk_idx of token {token} of rank {src_rank} names expert {signed}; "
@@ -219,16 +221,17 @@ class FusedWorkspace:
         self.kernels, self.local = {}, []
 
 
-def _compiled(weight_format: str, block: int, **defines: int) -> CompiledKernel:
-    build = kernel_build(block, weight_format)
+def _compiled(weight_format: str, block: int, plans: bool, **defines: int) -> CompiledKernel:
+    build = kernel_build(block, weight_format, plans)
     return compile_kernel(build.source, build.entry, build.defines | defines)
 
 
-def _check_blocks(configs, ep_size: int, capacity: int) -> None:
+def _check_blocks(configs, ep_size: int, ep_config) -> None:
     # The kernel counts token blocks in 16 bits
+    capacity = ep_config.num_max_tokens_per_rank
     for c in configs:
         rows, block = capacity * ep_size * c.topk, tiles.choose_block_tokens(c, ep_size, capacity)
-        if rows // block + c.num_experts // ep_size > 65535:
+        if rows // block + ep_config.num_slots(c, ep_size) > 65535:
             raise ValueError(
                 f"num_max_tokens_per_rank={capacity} on {ep_size} ranks with topk={c.topk} can put {rows} rows on one "
                 f"rank, more than {65535 * block}; lower num_max_tokens_per_rank"
@@ -257,7 +260,7 @@ class FusedEngine:
         self.config, self.shared = config, workspace.fused
         self.images: list[tuple[Tensor, Tensor]] = []
         shared = self.shared
-        sizes = (config.num_local_experts(shared.ep_size), config.hidden, config.intermediate)
+        sizes = (shared.ep_config.num_slots(config, shared.ep_size), config.hidden, config.intermediate)
         self.packing = IMAGES[config.weight_format]
         self.shapes = self.packing.image_shape(1, *sizes), self.packing.image_shape(2, *sizes)
         self.params = shared.base_params()
@@ -265,9 +268,17 @@ class FusedEngine:
         p.hidden, p.intermediate, p.topk = config.hidden, config.intermediate, config.topk
         p.num_local_experts = sizes[0]
         p.swiglu_limit = math.inf if config.swiglu_limit is None else config.swiglu_limit
+        self.ep_size, self.slots = shared.ep_size, sizes[0]
+        # Without slots or staging memory for plans ids are slots, and the kernel does nothing for them
+        self.replicas: DeviceReplicas | None = None
+        if shared.ep_config.takes_plans:
+            self.replicas = DeviceReplicas(config, shared, self.slots)
+            for rank, counts in zip(p.ranks, self.replicas.counts, strict=False):
+                rank.replica_map, rank.load_count = self.replicas.map.data_ptr(), counts.data_ptr()
 
     def load_weights(self, weights: list[ExpertWeights]) -> None:
-        """weights: one per rank held here. Packed expert by expert; in place from the second time on."""
+        """weights: one per rank held here. Packed expert by expert; in place from the second time on. The placement
+        is the default one again."""
         if not self.images:
             self.images = [
                 tuple(torch.empty(s, dtype=torch.uint8, device=self.shared.device) for s in self.shapes)
@@ -276,19 +287,63 @@ class FusedEngine:
             for rank, (linear1, linear2) in zip(self.params.ranks, self.images, strict=False):
                 rank.linear1, rank.linear2 = linear1.data_ptr(), linear2.data_ptr()
         for (linear1, linear2), w in zip(self.images, weights, strict=True):
-            for e in range(linear1.shape[0]):
+            for e in range(len(w.linear1)):
                 self.packing.pack_expert(1, w.linear1[e], w.linear1_sf[e], linear1[e])
                 self.packing.pack_expert(2, w.linear2[e], w.linear2_sf[e], linear2[e])
+        if self.replicas is not None and self.replicas.placement_version > 1:
+            self.replicas.reset()
+
+    @property
+    def placement(self):
+        return self._planned().placement
+
+    @property
+    def placement_version(self) -> int:
+        return self._planned().placement_version
+
+    @property
+    def expert_bytes(self) -> int:
+        return layout.expert_bytes(self.config)
+
+    @property
+    def load_count(self) -> list[tuple[Tensor, Tensor]]:
+        experts = self.config.num_experts
+        return [(counts[:experts], counts[experts:]) for counts in self._planned().counts]
+
+    def check_fits(self, replicas) -> None:
+        self._planned().check_fits(replicas)
+
+    def stage(self, moves) -> None:
+        self.shared.check()
+        self._planned().stage(moves, self.images)
+
+    def apply(self, moves, placement, replicas) -> None:
+        """Between two launches on the current stream: weights into their slots, then the map."""
+        self._planned().apply(moves, self.images)
+        self._planned().put_in_force(placement, replicas)
+
+    def settle(self) -> None:
+        """Collective: every rank's copies have arrived."""
+        self.shared.memory.barrier()
+
+    def _planned(self) -> DeviceReplicas:
+        if self.replicas is None:
+            raise ValueError(
+                "the workspace was made without room for plans; set EPConfig.num_staged_experts (and "
+                "num_redundant_slots_per_rank for redundant experts)"
+            )
+        return self.replicas
 
     def expert_tensors(self) -> list[list[Tensor]]:
-        """Per rank its images, tensors with experts along the first dimension."""
+        """Per rank its images, tensors with slots along the first dimension."""
         return [list(rank) for rank in self.images]
 
     def share_weights(self, other: "FusedEngine") -> None:
-        """Use what `other` has loaded, now and later."""
+        """Use what `other` has loaded, now and later, where it is placed; rows served are counted for each."""
         self.images = other.images
         for mine, theirs in zip(self.params.ranks, other.params.ranks, strict=True):
             mine.linear1, mine.linear2 = theirs.linear1, theirs.linear2
+            mine.replica_map = theirs.replica_map
 
     def forward(self, inputs: list[RankInput], num_tokens_bound: int, outs: list[Tensor | None]) -> list[Tensor]:
         shared, p = self.shared, self.params

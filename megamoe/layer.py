@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 from weakref import ref
 
 import torch
@@ -12,9 +13,18 @@ from megamoe import torch_op
 from megamoe.config import MoEConfig
 from megamoe.engine import make_engine
 from megamoe.errors import MegaMoEError
+from megamoe.rebalance import Rebalance
 from megamoe.stats import Stats
 from megamoe.steps import RankInput
 from megamoe.workspace import Workspace
+
+
+class Load(NamedTuple):
+    """Rows that this rank has served: logical int64 [num_experts] by expert (sum over ranks for the whole load),
+    physical int64 [slots] by slot of the rank."""
+
+    logical: Tensor
+    physical: Tensor
 
 
 class MoELayer(nn.Module):
@@ -52,6 +62,7 @@ class MoELayer(nn.Module):
         self._weights_of = weights_of
         if weights_of is not None and weights_of.config != config:
             raise ValueError(f"weights_of has config={weights_of.config}, this layer {config}; use equal ones")
+        checks.equal_slots(workspace.ep_config, weights_of and weights_of.workspace.ep_config)
         self.index = len(workspace.layers)
         workspace.layers.append(ref(self))
 
@@ -112,6 +123,44 @@ class MoELayer(nn.Module):
                 warnings.warn(f"MXFP4 groups re-rounded on loading: {self.rerounded_groups}", stacklevel=2)
         self._engine.load_weights(weights)
         self._loaded = True
+
+    def load_plan(self, plan, *, plan_layer: int = 0, choice: str = "balanced") -> None:
+        """Collective: move weights to where ``plan`` wants them, at once, and choose among copies by ``choice``.
+
+        For arguments and errors see rebalance. load_weights afterwards brings back the placement without a plan.
+        """
+        self.rebalance(plan, plan_layer=plan_layer, choice=choice).finish()
+
+    def rebalance(
+        self, plan, *, plan_layer: int = 0, choice: str = "balanced", max_bytes: int | None = None
+    ) -> Rebalance:
+        """Collective: move weights to where ``plan`` wants them, step by step between calls. -> Rebalance, which does
+        nothing until its step() is called.
+
+        plan: ExpertPlan of this layer's experts and ranks (plan_experts, update_plan); plan_layer: its layer to use.
+        choice: which copy serves a row: "static" (by source rank), "balanced" (by the batch's counts), "min_active"
+            (one copy an expert, for small batches). The output has the same bits under any of them and any plan.
+        max_bytes: weights that a rank may receive a step; None = as much as fits (EPConfig.num_staged_experts).
+        ValueError names what does not fit: another topology, too few slots or staging memory, several NVLink domains.
+        """
+        self.workspace.check_open()
+        if self._weights_of is not None:
+            raise RuntimeError("the layer uses the weights of another (weights_of); move them there")
+        checks.one_domain(self.workspace)
+        if not self._loaded:
+            raise RuntimeError("the layer has no weights; call load_weights first")
+        ep_config, ep_size = self.workspace.ep_config, self.workspace.ep_size
+        row = checks.plan_placement(self.config, ep_config, ep_size, plan, plan_layer)
+        bytes_each = self._engine.expert_bytes
+        per_step = ep_config.num_staged_experts if self.workspace.is_cuda else self._engine.slots
+        if max_bytes is not None:
+            per_step = min(per_step, max_bytes // bytes_each)
+        if per_step < 1:
+            raise ValueError(
+                f"max_bytes={max_bytes}, num_staged_experts={ep_config.num_staged_experts}: no room for one expert of "
+                f"{bytes_each} bytes a step; raise both"
+            )
+        return Rebalance(self._engine, row, choice, per_step, plan.load[plan_layer], plan.num_nodes)
 
     def forward(
         self,
@@ -194,7 +243,7 @@ class MoELayer(nn.Module):
         self._dtype, self._loaded = source._dtype, True
 
     def expert_rows(self) -> list[Tensor] | list[list[Tensor]]:
-        """The loaded weights as contiguous uint8 tensors [num_local_experts, bytes], for whoever moves experts.
+        """The loaded weights as contiguous uint8 tensors [slots, bytes], for whoever moves experts without a plan.
 
         The same permutation of rows in each of them, in place and between calls, permutes the rank's experts; a row may
         also be copied to a layer of the same config. With virtual ranks a list for each rank.
@@ -231,6 +280,13 @@ class MoELayer(nn.Module):
         error = self.workspace.poisoned
         return Stats(self._calls, self._failed, self._tokens, self._input_bytes, self._output_bytes,
                      self._engine.wait_s, None if error is None else str(error))  # fmt: skip
+
+    def load_counts(self) -> Load | list[Load]:
+        """Rows served so far, counted on the device; a copy, made on the current stream without waiting for it.
+
+        ValueError on CUDA where the workspace has no room for plans: the kernel then counts nothing."""
+        loads = [Load(logical.clone(), physical.clone()) for logical, physical in self._engine.load_count]
+        return loads if self.workspace.ep_config.virtual_ranks is not None else loads[0]
 
     def close(self) -> None:
         """Drop the weights and what the engine holds. The workspace stays open. Twice is harmless."""

@@ -4,7 +4,7 @@ messages."""
 import torch
 from torch import Tensor
 
-from megamoe.config import BLOCK, MoEConfig
+from megamoe.config import BLOCK, EPConfig, MoEConfig
 from megamoe.layout import MXFP4_GROUP
 from megamoe.quant import mxfp4
 from megamoe.quant.fp8 import E4M3, quantize_blocks
@@ -238,3 +238,41 @@ def out(config: MoEConfig, device: torch.device, rank: str, value, x: Tensor, we
         raise ValueError(
             f"out{rank} is the memory of hidden_states{rank}; pass another tensor, peers may still read it"
         )
+
+
+def one_domain(workspace) -> None:
+    """ValueError where a plan would have to move weights between NVLink domains."""
+    if workspace.domains is not None:
+        raise ValueError(
+            f"{workspace.ep_size} ranks are {workspace.domains.num_domains} NVLink domains, and no plan moves weights "
+            "between them; use ranks of one domain (EPConfig.ranks_per_domain), or give the layer the plan's physical "
+            "experts and choose copies before each call (megamoe.plan.choose_replicas)"
+        )
+
+
+def equal_slots(mine: EPConfig, theirs: EPConfig | None) -> None:
+    """ValueError where a layer cannot use the weights, in their slots, of one on a workspace made otherwise."""
+    for name in ("num_redundant_slots_per_rank", "num_staged_experts") if theirs is not None else ():
+        if getattr(mine, name) != getattr(theirs, name):
+            raise ValueError(
+                f"weights_of is on a workspace with {name}={getattr(theirs, name)}, this layer on one with "
+                f"{getattr(mine, name)}; use equal ones"
+            )
+
+
+def plan_placement(config: MoEConfig, ep_config: EPConfig, ep_size: int, plan, plan_layer: int):
+    """The plan's experts by rank, int [ep_size, slots of the plan]. ValueError when it is not for this layer."""
+    if not 0 <= plan_layer < plan.num_layers:
+        raise ValueError(f"plan_layer={plan_layer}: the plan has {plan.num_layers} layers")
+    if (plan.num_logical_experts, plan.num_ranks) != (config.num_experts, ep_size):
+        raise ValueError(
+            f"the plan is for {plan.num_logical_experts} experts on {plan.num_ranks} ranks, the layer has "
+            f"{config.num_experts} on {ep_size}; plan again for this topology"
+        )
+    slots, needed = ep_config.num_slots(config, ep_size), plan.num_local_experts
+    if needed > slots:
+        raise ValueError(
+            f"the plan needs {needed} slots on each rank, the layer has {slots}; set "
+            f"EPConfig.num_redundant_slots_per_rank={needed - config.num_local_experts(ep_size)} or more"
+        )
+    return plan.placed[plan_layer]

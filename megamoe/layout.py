@@ -25,6 +25,12 @@ MAX_LOCAL_EXPERTS = 256  # shared-memory tables of the plan step
 MAX_TOKENS = 1 << 20  # twenty bits of a row's name
 HEAD_SLICE_TOKENS = 64  # tokens whose routing travels behind one flag
 
+CHOICES = ("static", "balanced", "min_active")  # which copy of an expert serves a row: plan/choice.py
+CHOICE_PASSES = 8  # rounds of water-filling at most: within 2 % of the optimum for 256 experts + 32 on 32 ranks
+REPLICA_HEADER_WORDS = 4  # of the map that sched/replica.cuh reads
+MAX_LOGICAL_EXPERTS = 512  # shared-memory tables of the plan step where copies are chosen by the batch's counts
+MAX_COPIES = 1024  # the same
+
 NUM_THREADS = 512  # of a CTA; csrc/roles.cuh says what each warp does
 EXCHANGE_WARPS = 4  # of them; they combine, and at the end of a call the math warps help
 MATH_WARPS = 8
@@ -68,6 +74,8 @@ class Dims:
     topk: int
     num_ctas: int
     max_block_tokens: int  # largest tile that any call can choose
+    expert_bytes: int = 0
+    num_staged_experts: int = 0
 
     @property
     def rows(self) -> int:
@@ -133,6 +141,8 @@ REGIONS = (
            "source's exchange warps", "tokens or exchange warps", "their scale factors"),
     Region("combine_y", "symmetric", "bf16", lambda d: (d.capacity, d.topk, d.hidden),
            "expert rank's store or math warps", "owner's exchange warps", "linear2 rows, one per slot"),
+    Region("staging", "symmetric", "u8", lambda d: (2, d.num_staged_experts, d.expert_bytes),
+           "sender of a rebalance", "receiver, after the next call", "weight images on the move; two banks by step"),
     Region("control", "local", "u32", lambda d: (4,),
            "last CTA of a launch", "all CTAs", "epoch, exit counter, ticket counter"),
     Region("record", "local", "u32", lambda d: (8,),
@@ -145,8 +155,10 @@ REGIONS = (
            "store warp (linear1)", "tokens warp (linear2)", "epoch of an h image"),
     Region("block_done", "local", "u32", lambda d: (d.max_m_blocks,),
            "store warp (linear2)", "its last arriver, which zeroes it", "linear2 tiles done"),
-    Region("range_count", "local", "u32", lambda d: (d.num_ctas, MAX_LOCAL_EXPERTS),
+    Region("range_count", "local", "u32", lambda d: (d.num_ctas, MAX_LOGICAL_EXPERTS),
            "plan warps", "plan warps", "rows per CTA range and expert"),
+    Region("chosen", "local", "i32", lambda d: (d.capacity, d.topk),
+           "plan warps", "exchange warps", "slot over all ranks of each of the rank's own rows, if counts choose it"),
     Region("row_list", "local", "u32", lambda d: (d.rows,),
            "plan warps", "tokens warps", "packed (source, token, slot), sorted by expert"),
     Region("x_image_ready", "local", "u32", lambda d: (d.image_rows,),
@@ -189,6 +201,8 @@ class RankParams(ctypes.Structure):
         ("local", ctypes.c_uint64),  # base of the local workspace
         ("status", ctypes.c_uint64),  # KernelStatus in pinned host memory
         ("trace", ctypes.c_uint64),  # TraceRecord [CTAs, trace roles, TRACE_RECORDS], in trace builds; 0 otherwise
+        ("replica_map", ctypes.c_uint64),  # words of sched/replica.cuh, read by every launch; 0: expert ids are slots
+        ("load_count", ctypes.c_uint64),  # u64 [num_logical_experts + slots], rows served, with replica_map
         ("linear1_dump", ctypes.c_uint64),  # fp32 sums of linear1, in test builds; 0 otherwise
         ("num_tokens", ctypes.c_uint32),  # rows of the caller's tensors
         ("ep_rank", ctypes.c_uint32),
@@ -270,15 +284,30 @@ def ctas_per_rank(num_sms: int, num_ranks: int) -> int:
     return num_sms // num_ranks // 2 * 2
 
 
+def image_blocks(linear: int, hidden: int, intermediate: int) -> tuple[int, int]:
+    """Weight images of one expert's linear1 or linear2 (`linear` = 1 or 2): blocks of 256 weight rows, of 128 of K."""
+    n, k = (2 * intermediate, hidden) if linear == 1 else (hidden, intermediate)
+    return -(-n // N_BLOCK), k // K_BLOCK
+
+
+def expert_bytes(config) -> int:
+    """Bytes of one expert's weight images."""
+    pitch = MXFP4_IMAGE_PITCH_BYTES if config.weight_format == "mxfp4" else IMAGE_PITCH_BYTES
+    return sum(math.prod(image_blocks(i, config.hidden, config.intermediate)) for i in (1, 2)) * pitch
+
+
 def dims_of(moe_configs: Sequence, ep_config, ep_size: int, num_ctas: int = 132) -> Dims:
     """The dimensions of a workspace that serves all of `moe_configs`."""
     capacity = ep_config.num_max_tokens_per_rank
+    staged = ep_config.num_staged_experts
     return Dims(
         ep_size=ep_size,
         capacity=capacity,
         hidden=max(c.hidden for c in moe_configs),
         intermediate=max(c.intermediate for c in moe_configs),
-        num_local_experts=max(c.num_experts // ep_size for c in moe_configs),
+        num_local_experts=max(ep_config.num_slots(c, ep_size) for c in moe_configs),
+        expert_bytes=max(map(expert_bytes, moe_configs)) if staged else 0,
+        num_staged_experts=staged,
         topk=max(c.topk for c in moe_configs),
         num_ctas=num_ctas,
         max_block_tokens=max(tiles.choose_block_tokens(c, ep_size, capacity) for c in moe_configs),
@@ -324,6 +353,10 @@ def render_header() -> str:
         ("kMaxTopk", MAX_TOPK),
         ("kMaxLocalExperts", MAX_LOCAL_EXPERTS),
         ("kHeadSliceTokens", HEAD_SLICE_TOKENS),
+        ("kChoicePasses", CHOICE_PASSES),
+        ("kReplicaHeaderWords", REPLICA_HEADER_WORDS),
+        ("kMaxLogicalExperts", MAX_LOGICAL_EXPERTS),
+        ("kMaxCopies", MAX_COPIES),
         ("kNumThreads", NUM_THREADS),
         ("kExchangeWarps", EXCHANGE_WARPS),
         ("kCombineStep", COMBINE_STEP),
@@ -342,7 +375,7 @@ def render_header() -> str:
     )
     out.append("".join(f"constexpr u32 {name} = {value};\n" for name, value in constants))
     enums = (("Role", ROLES), ("Step", STEPS), ("Code", CODES), ("Trace", TRACE_ROLES), ("Event", TRACE_EVENTS),
-             ("Fault", FAULT_POINTS), ("Region", [region.name for region in REGIONS]))  # fmt: skip
+             ("Choice", CHOICES), ("Fault", FAULT_POINTS), ("Region", [region.name for region in REGIONS]))  # fmt: skip
     out += [_render_enum(name, words) for name, words in enums]
     out += [_render_struct(s) for s in (RankParams, KernelParams, KernelStatus)]
     out.append("}  // namespace moe\n")

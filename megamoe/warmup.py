@@ -16,7 +16,7 @@ def compile_once_a_node(workspace) -> None:
     problem = None
     if rank_from_env().local_rank == 0:
         try:
-            compile_for(workspace.moe_configs, workspace.ep_size, workspace.ep_config.num_max_tokens_per_rank)
+            compile_for(workspace.moe_configs, workspace.ep_size, workspace.ep_config)
         except Exception as error:  # any of them would leave the peers waiting
             problem = f"{type(error).__name__}: {error}"
     problems = [None] * dist.get_world_size(workspace.group)
@@ -26,11 +26,12 @@ def compile_once_a_node(workspace) -> None:
             raise RuntimeError(f"rank {ep_rank} could not compile the kernel: {theirs}")
 
 
-def compile_for(configs, ep_size: int, capacity: int) -> list:
-    """Compile into the cache every kernel that calls of up to `capacity` tokens a rank can choose; needs no GPU."""
+def compile_for(configs, ep_size: int, ep_config) -> list:
+    """Compile into the cache every kernel that calls on such a workspace can choose; needs no GPU."""
     from megamoe.builds import kernel_build
     from megamoe.engine_fused import builds_of
     from megamoe_cuda.compile import compile_kernel
 
-    builds = [kernel_build(block, form) for form, block in builds_of(configs, ep_size, capacity)]
+    wanted = builds_of(configs, ep_size, ep_config.num_max_tokens_per_rank)
+    builds = [kernel_build(block, form, ep_config.takes_plans) for form, block in wanted]
     return [compile_kernel(build.source, build.entry, build.defines) for build in builds]

@@ -6,9 +6,19 @@
 #include "debug/faults.cuh"
 #include "ptx/convert.cuh"
 #include "roles.cuh"
+#include "sched/replica.cuh"
 #include "sync/launch.cuh"
 
 namespace moe {
+
+// Builds of workspaces that may be given an expert plan. Others pay nothing for it.
+#ifdef PLANS
+constexpr bool kPlans = true;
+#else
+constexpr bool kPlans = false;
+#endif
+MOE_DEVICE bool has_plan(const Launch& l) { return kPlans && l.me.replica_map; }
+MOE_DEVICE ReplicaMap replica_map(const Launch& l) { return {reinterpret_cast<const u32*>(l.me.replica_map)}; }
 
 // The rank's exchange warps share out slices, tokens and combine items round robin, CTA first.
 MOE_DEVICE u32 first_item(const Launch& l) { return (warp_id() - kExchangeWarp) * l.num_ctas + l.cta; }
@@ -27,6 +37,22 @@ MOE_DEVICE f32 read_topk_weight(const Launch& l, u64 i) {
     return reinterpret_cast<const f32*>(l.me.topk_weights)[i];
 }
 
+// Experts that the caller may name.
+MOE_DEVICE u32 num_logical_experts(const Launch& l) {
+    return has_plan(l) ? replica_map(l).num_logical() : l.num_experts();
+}
+
+// Copies are chosen from the counts of all ranks, by the plan step (sched/chosen.cuh); otherwise by the source alone.
+MOE_DEVICE bool chosen_by_counts(const Launch& l) { return has_plan(l) && replica_map(l).choice() != kChoice_static; }
+
+// What the routing table says of an id: the slot over all ranks if the source decides alone, the id if counts do.
+MOE_DEVICE i32 table_idx(const Launch& l, i32 id) {
+    if (!has_plan(l) || id < 0 || chosen_by_counts(l)) return id;
+    const ReplicaMap map = replica_map(l);
+    if (static_cast<u32>(id) < map.num_logical()) return static_cast<i32>(map.by_source(l.me.ep_rank, id));
+    return id | kUnmappedIdBit;  // out of range also where there are more slots than experts
+}
+
 // Routing of 64 tokens a slice: ids and weights to every rank, then one flag each. Slice 0 always goes: it brings
 // num_tokens.
 MOE_DEVICE void push_head(const Launch& l) {
@@ -36,7 +62,7 @@ MOE_DEVICE void push_head(const Launch& l) {
         const u32 begin = slice * kHeadSliceTokens * l.p.topk,
                   end = min_u32(begin + kHeadSliceTokens * l.p.topk, num_tokens * l.p.topk);
         for (u32 i = begin + lane; i < end; i += 32) {
-            const i32 id = read_topk_idx(l, i);
+            const i32 id = table_idx(l, read_topk_idx(l, i));
             const f32 weight = read_topk_weight(l, i);
             for (u32 dst = 0; dst < l.p.ep_size; ++dst) {
                 l.head_idx(dst, me)[i] = MOE_FAULT(l, routing, id);
@@ -138,16 +164,29 @@ MOE_DEVICE void push_row(const Launch& l, u32 token, u32 dst_mask, u32 lane) {
     }
 }
 
+// Slot over all ranks of one row of this rank's tokens. Where counts choose: from the plan step, see push_rows.
+MOE_DEVICE i32 row_slot_idx(const Launch& l, bool by_counts, u32 token, u32 k) {
+    const i32 id = read_topk_idx(l, u64(token) * l.p.topk + k);
+    if (!by_counts) return table_idx(l, id);
+    return id == -1 ? -1 : static_cast<i32>(ptx::ld_cg(reinterpret_cast<const u32*>(l.chosen(token)) + k));
+}
+
 // Rows of this warp's tokens, four behind one fence: it waits for every store in flight.
 template <class C>
-MOE_DEVICE void push_rows(const Launch& l) {
+MOE_DEVICE void push_rows(const Launch& l, SharedStorage<C>& s) {
+    const bool by_counts = chosen_by_counts(l);
+    if (by_counts) {
+        // Partner: build_chosen_list, through mega_moe.cu. Its own waits have deadlines, and it always gets there.
+        while (!ptx::ld_acquire_cta_shared(&s.plan_done)) __nanosleep(20);
+        if (!__shfl_sync(~0u, s.healthy, 0)) return;
+    }
     constexpr u32 kBatch = 4;
     const u32 lane = lane_id(), stride = item_stride(l), me = l.me.ep_rank;
     for (u32 first = first_item(l); first < l.num_tokens; first += kBatch * stride) {
         u32 masks = 0;  // lane b: destination ranks of the batch's token b
 #pragma unroll 1
         for (u32 b = 0, token = first; b < kBatch && token < l.num_tokens; ++b, token += stride) {
-            const i32 id = lane < l.p.topk ? read_topk_idx(l, u64(token) * l.p.topk + lane) : -1;
+            const i32 id = lane < l.p.topk ? row_slot_idx(l, by_counts, token, lane) : -1;
             const bool valid = id >= 0 && id < static_cast<i32>(l.num_experts());
             const u32 mask = __reduce_or_sync(~0u, valid ? 1u << (static_cast<u32>(id) / l.p.num_local_experts) : 0u);
             if (lane == b) masks = mask;

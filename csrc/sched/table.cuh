@@ -3,6 +3,7 @@
 // list. Up to kSmallTable slots each CTA does it alone; above, each CTA takes one range and the grid meets twice.
 #pragma once
 #include "config.cuh"
+#include "pipeline/1_dispatch.cuh"
 #include "roles.cuh"
 #include "sched/order.cuh"
 #include "sync/grid.cuh"
@@ -41,6 +42,40 @@ MOE_DEVICE bool wait_heads(const Launch& l, SharedStorage<C>& s, u32 thread) {
     return ok;
 }
 
+// An id that names no expert: the launch is lost, and says which token's.
+template <class C>
+MOE_DEVICE void refuse_expert(const Launch& l, SharedStorage<C>& s, u32 src, u32 token, i32 id, u32 experts) {
+    give_up(l, kCode_expert_out_of_range, {kRole_plan, kStep_plan, src << kMaxTokenBits | token}, static_cast<u32>(id),
+            experts);
+    s.healthy = 0;
+}
+
+// The part of the joined table that a warp reads: all of a small one, the CTA's range of a larger one, in 12 parts.
+struct TableRange {
+    bool small;
+    u32 warp_begin, warp_end;
+};
+
+template <class C>
+MOE_DEVICE TableRange table_range(const Launch& l, SharedStorage<C>& s, u32 warp) {
+    const u32 total = s.table_offset[l.p.ep_size];
+    const bool small = is_small_table(s, l.p.ep_size);
+    const u32 range = small ? total : ceil_div(total, l.num_ctas);
+    const u32 begin = small ? 0 : min_u32(l.cta * range, total), end = min_u32(begin + range, total);
+    const u32 per_warp = align_up(ceil_div(range, kPlanWarps), 32);
+    const u32 warp_begin = min_u32(begin + warp * per_warp, end), warp_end = min_u32(warp_begin + per_warp, end);
+    return {small, warp_begin, warp_end};
+}
+
+// The row list is written: known to all plan threads of the CTA, of a large table to those of all CTAs.
+template <class C>
+MOE_DEVICE bool end_row_list(const Launch& l, SharedStorage<C>& s, bool small, u32 thread) {
+    ptx::fence_proxy_async_shared();  // the scratch lies in a stage that bulk copies, also the partner's, fill next
+    if (!small) return grid_rendezvous(l, l.list_ready(0), thread, &s.healthy, 1);
+    ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
+    return s.healthy != 0;
+}
+
 // One slot of the joined table: its local expert (kMaxLocalExperts = not here) and its row name.
 struct TableEntry {
     u32 expert, row;
@@ -54,10 +89,7 @@ MOE_DEVICE TableEntry read_entry(const Launch& l, SharedStorage<C>& s, u32 posit
     const i32 id =
         static_cast<i32>(ptx::ld_cg(reinterpret_cast<const u32*>(l.head_idx(l.me.ep_rank, src)) + slot_index));
     if (id < -1 || id >= static_cast<i32>(l.num_experts())) {
-        const u32 row_name = src << kMaxTokenBits | slot_index / l.p.topk;
-        give_up(l, kCode_expert_out_of_range, {kRole_plan, kStep_plan, row_name}, static_cast<u32>(id),
-                l.num_experts());
-        s.healthy = 0;
+        refuse_expert(l, s, src, slot_index / l.p.topk, id, num_logical_experts(l));
         return {kMaxLocalExperts, 0};
     }
     const u32 first = l.me.ep_rank * l.p.num_local_experts,
@@ -143,12 +175,7 @@ MOE_DEVICE bool build_row_list(const Launch& l, SharedStorage<C>& s, u32 thread)
     for (u32 i = thread; i < kPlanWarps * kMaxLocalExperts; i += kPlanWarps * 32) scratch.histogram[0][i] = 0;
     ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
 
-    const u32 total = s.table_offset[l.p.ep_size];
-    const bool small = is_small_table(s, l.p.ep_size);
-    const u32 range = small ? total : ceil_div(total, l.num_ctas);
-    const u32 begin = small ? 0 : min_u32(l.cta * range, total), end = min_u32(begin + range, total);
-    const u32 per_warp = align_up(ceil_div(range, kPlanWarps), 32);
-    const u32 warp_begin = min_u32(begin + warp * per_warp, end), warp_end = min_u32(warp_begin + per_warp, end);
+    const auto [small, warp_begin, warp_end] = table_range(l, s, warp);
     u32* histogram = scratch.histogram[warp];
 
     for (u32 base = warp_begin; base < warp_end; base += 32) {
@@ -192,10 +219,7 @@ MOE_DEVICE bool build_row_list(const Launch& l, SharedStorage<C>& s, u32 thread)
         if (here && lane == __ffs(peers) - 1) histogram[entry.expert] += __popc(peers);
         __syncwarp();
     }
-    ptx::fence_proxy_async_shared();  // the scratch lies in a stage that bulk copies, also the partner's, fill next
-    if (!small) return grid_rendezvous(l, l.list_ready(0), thread, &s.healthy, 1);
-    ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
-    return s.healthy != 0;
+    return end_row_list(l, s, small, thread);
 }
 
 // The CTAs of a cluster go on together or not at all: one that failed its plan takes its partner's along.

@@ -99,8 +99,11 @@ struct Launch {
         return MOE_REGION(list_ready, 0, 4, local<u32>(p.off_list_ready) + other);
     }
     MOE_DEVICE u32* range_count(u32 other) const {
-        return MOE_REGION(range_count, 0, kMaxLocalExperts * 4,
-                          local<u32>(p.off_range_count) + other * kMaxLocalExperts);
+        return MOE_REGION(range_count, 0, kMaxLogicalExperts * 4,
+                          local<u32>(p.off_range_count) + other * kMaxLogicalExperts);
+    }
+    MOE_DEVICE i32* chosen(u32 token) const {
+        return MOE_REGION(chosen, 0, p.topk * 4, local<i32>(p.off_chosen) + u64(token) * p.topk);
     }
     MOE_DEVICE u32* row_list() const { return MOE_REGION(row_list, 0, 4, local<u32>(p.off_row_list)); }
     MOE_DEVICE u32* h_ready(u32 m_block) const {

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megamoe.config import MoEConfig
 from megamoe.domains import workspace as resources
@@ -63,6 +64,23 @@ class TwoLevelEngine:
         self.limit = workspace.ep_config.domain_tokens
         inner = resources.domain_config(config, self.domains.num_domains)
         self.engines = [make_engine(inner, one) for one in self.domains.inner]
+
+    @property
+    def wait_s(self) -> float | None:
+        """Seconds in the domains' own exchanges; those between domains are not counted."""
+        waits = [engine.wait_s for engine in self.engines]
+        return None if None in waits else sum(waits)
+
+    @property
+    def load_count(self) -> list[tuple[Tensor, Tensor]]:
+        """As TorchEngine's; a rank serves no expert of another domain."""
+        counts = [pair for engine in self.engines for pair in engine.load_count]
+        share = self.config.num_experts // self.domains.num_domains
+        domains = [rank // self.domains.ranks_per_domain for rank in self.domains.ranks]
+        return [
+            (pad(logical, (domain * share, self.config.num_experts - (domain + 1) * share)), physical)
+            for domain, (logical, physical) in zip(domains, counts, strict=True)
+        ]
 
     def load_weights(self, weights: list[ExpertWeights]) -> None:
         for engine, part in zip(self.engines, self.domains.by_domain(weights), strict=True):

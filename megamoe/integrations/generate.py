@@ -159,11 +159,12 @@ def tell_errors(rank: RankInfo, served: torch.Tensor, references: dict[str, torc
 
 @torch.no_grad()
 def greedy(
-    model, serving: Serving, ids: torch.Tensor | None, max_new_tokens: int, eos: int | None, device
+    model, serving: Serving, ids: torch.Tensor | None, max_new_tokens: int, eos: int | None, device, on_step=None
 ) -> list[int]:
     """Continue ids [1, n] by the most likely token each; collective.
 
     A rank that has no prompt (ids None), or has met `eos`, goes on taking part with zero tokens until all are done.
+    on_step: None, or called with "prefill" or "decode" after each step in which this rank's prompt took part.
     """
     new, cache, active = [], None, ids is not None
     for step in range(max_new_tokens):
@@ -175,6 +176,8 @@ def greedy(
             continue
         out = model(input_ids=ids, past_key_values=cache, use_cache=True)
         cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        if on_step is not None:
+            on_step("decode" if step else "prefill")
         new.append(int(ids))
         active = new[-1] != eos
     return new

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -10,11 +11,16 @@ from .cost import CostModel
 from .greedy import greedy_physical_to_logical
 from .load import GENERATORS, balancedness
 from .planner import plan_experts, update_plan
+from .predict import fit_measured, read_measured
 from .relabel import relabel
-from .report import CASES, compare, even_plan, make_load, picture, table
+from .report import draw, even_plan, make_load, picture, table
+from .show import promises
+from .simulate import predict, replay, token_nodes
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 # Layers shown in the table; --json has all of them.
 SHOWN = 16
+VERDICT = {True: "✓", False: "✗", "-": "-"}
 
 
 def build_parser():
@@ -36,22 +42,40 @@ def build_parser():
                         help="cost model of --phase decode")
     parser.add_argument("--then", help="a later load (file as above): update the plan for it within --budget")
     parser.add_argument("--budget", type=float, default=0.03, help="part of the slots --then may change")
-    parser.add_argument("--compare", action="store_true", help="all generators and sizes beside the published greedy")
+    parser.add_argument("--simulate", action="store_true", help="replay a recording step by step, count the nodes of "
+                        "its tokens, and predict layer times for 8 to 512 ranks")
+    parser.add_argument("--window", type=int, default=4, help="steps that a plan of --simulate is made from, and used")
+    parser.add_argument("--measured", nargs="+", default=None, metavar="JSONL", help="calls to fit the times of "
+                        "--simulate and --phase decode to; default: benchmarks/results/*.jsonl of this checkout")
+    parser.add_argument("--hidden", type=int, default=4096, help="of the predicted layer")
+    parser.add_argument("--intermediate", type=int, default=2048, help="of the predicted layer")
+    parser.add_argument("--topk", type=int, default=6, help="of the predicted layer")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 2048], help="per rank, of the predicted calls")
+    parser.add_argument("--png", help="draw load per rank before and after to this file (needs matplotlib)")
+    parser.add_argument("--compare", action="store_true",
+                        help="every promise of the planner beside the published greedy and an LP (needs scipy)")
+    parser.add_argument("--traces", nargs="*", help="recordings for --compare (npz); default: benchmarks/traces/*.npz "
+                        "of this checkout")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="of --compare")
     parser.add_argument("--json", action="store_true", help="print the plan and its figures as JSON")
     parser.add_argument("--out", help="write the plan as JSON to this file")
     return parser
 
 
-def read_load(path):
-    """float64 [layers, num_logical_experts] from a file; ValueError naming what is in it otherwise."""
+def read_arrays(path):
+    """{name: array} of a .npy or .npz with key "load"; ValueError naming what is in it otherwise."""
     data = np.load(path, allow_pickle=False)
     if isinstance(data, np.lib.npyio.NpzFile):
         if "load" not in data:
             raise ValueError(f"{path}: no array 'load', only {', '.join(data.files) or 'nothing'}")
-        data = data["load"]
-    if data.ndim == 3:
-        data = data.sum(0)
-    return np.asarray(data, np.float64)
+        return {name: data[name] for name in data.files}
+    return {"load": data}
+
+
+def read_load(path):
+    """float64 [layers, num_logical_experts] from a file, summed over steps if it has them."""
+    load = np.asarray(read_arrays(path)["load"], np.float64)
+    return load.sum(0) if load.ndim == 3 else load
 
 
 def main(argv=None):
@@ -65,9 +89,30 @@ def main(argv=None):
 
 
 def _compare(args):
-    rows = [compare(kind, *case, num_layers=args.layers, seed=args.seed) for kind in GENERATORS for case in CASES]
-    print(json.dumps(rows) if args.json else table(rows))
-    return 0
+    seeds = tuple(args.seeds)
+    shown, failed = [], 0
+    paths = args.traces
+    if paths is None:
+        paths = sorted((CHECKOUT / "benchmarks" / "traces").glob("*.npz"))
+    arrays = {Path(path).stem: read_arrays(path) for path in paths}
+    traces = {name: (one["load"], one.get("kind", np.full(len(one["load"]), "all"))) for name, one in arrays.items()}
+    for row in promises(seeds, traces):
+        shown.append(row)
+        failed += row["ok"] is False
+        if not args.json:
+            oracle = row["oracle"] if row["oracle"] == "-" else f"{row['oracle']:.4f}"
+            print(f"{VERDICT[row['ok']]} {row['line']:<16} {row['case']:<28} eplb {row['eplb']:8.4f}  ours "
+                  f"{row['ours']:8.4f}  oracle {oracle:>7}  needs {row['needs']}{_more(row)}", flush=True)
+    if args.json:
+        print(json.dumps(shown))
+    else:
+        print(f"{len(shown)} lines, {failed} not met; seeds {', '.join(map(str, seeds))}; -: shown, nothing promised")
+    return 1 if failed else 0
+
+
+def _more(row):
+    named = list(row)[list(row).index("ok") + 1:]
+    return "".join(f"; {name} {row[name]:.4g}" for name in named)
 
 
 def _plan(args):
@@ -76,7 +121,7 @@ def _plan(args):
     load = read_load(args.load) if args.load else make_load(args.generate, args.layers, args.experts, args.seed)
     plan = plan_experts(load, num_ranks=args.ranks, num_nodes=args.nodes, num_redundant_experts=args.redundant,
                         num_groups=args.groups, phase=args.phase, max_nodes_per_token=args.max_nodes,
-                        cost=CostModel(*args.cost) if args.cost else None)
+                        cost=_cost(args))
     greedy = greedy_physical_to_logical(plan.load, num_ranks=args.ranks, num_nodes=args.nodes,
                                         num_redundant_experts=args.redundant, num_groups=args.groups)
     rival = even_plan(greedy, plan)
@@ -115,7 +160,51 @@ def _plan(args):
     worst = int(np.argmax([row["gap"] for row in rows]))
     print(f"\nlayer {worst} (largest gap): the greedy before, this plan after")
     print(picture(before[worst], shown[worst]))
+    if args.png:
+        draw(args.png, before[worst], shown[worst], f"layer {worst}")
     if args.then:
         print("\nlater load")
         print(table([report["then"]]))
+    if args.simulate:
+        _simulate(args, load, plan)
     return 0
+
+
+def _model(args):
+    paths = args.measured
+    if paths is None:
+        paths = sorted((CHECKOUT / "benchmarks" / "results").glob("*.jsonl"))
+    rows = read_measured(paths)
+    return rows, *fit_measured(rows)
+
+
+def _cost(args):
+    if args.cost:
+        return CostModel(*args.cost)
+    if args.phase == "prefill":
+        return None
+    _, model, _ = _model(args)
+    return model.cost(args.hidden, args.intermediate, args.tokens[0] * args.topk * args.ranks)
+
+
+def _simulate(args, load, plan):
+    arrays = read_arrays(args.load) if args.load else {"load": load}
+    if arrays["load"].ndim == 3:
+        rows = replay(arrays["load"].astype(np.float64), num_ranks=args.ranks, num_nodes=args.nodes,
+                      num_redundant=args.redundant, window=args.window, budget=args.budget)
+        print(f"\nbalancedness of later steps, plans from the {args.window} steps before; moved: part of the slots")
+        print(table(rows))
+    for name in [name for name in arrays if name.startswith("prefill_")]:
+        chosen, first = token_nodes(arrays[name][0].astype(np.int64), plan)
+        print(f"nodes a token of {name}, layer 0: {chosen:.2f} with balanced copies, {first:.2f} with first copies")
+    measured, model, error = _model(args)
+    ranks = sorted({f"EP{row['ep_size']}" + (" virtual" if row.get("virtual_ranks") else "") for row in measured})
+    print(f"\npredicted us of a layer {args.hidden}/{args.intermediate}, top {args.topk}, experts as popular as these"
+          f"\nfit: {model.overhead_us:.1f} us + ((bytes / {model.weight_tbs:.2f} TB/s)^p + (FLOP / {model.tflops:.0f} "
+          f"TFLOPS)^p)^(1/p), p = {model.p:.2f}; {len(measured)} measured calls of {', '.join(ranks)}, error rms "
+          f"{np.sqrt((error**2).mean()):.1%}, worst {error[np.abs(error).argmax()]:+.1%}; more ranks than measured are "
+          f"taken to cost no more for their links")
+    for tokens in args.tokens:
+        print(f"{tokens} tokens a rank")
+        print(table(predict(load, model, hidden=args.hidden, intermediate=args.intermediate, topk=args.topk,
+                            tokens_per_rank=tokens, num_redundant=args.redundant)))

@@ -14,21 +14,28 @@ from .split import fill_flows
 
 # Estimate, chosen on sampled Zipf, lognormal and group-correlated tokens: too low wastes slots, too high plans rows
 # for nodes that the tokens cannot reach.
-EXCHANGE = 0.2
+EXCHANGE = 0.3
 
 
-def reach(max_nodes, num_nodes, num_crossing=1):
-    """Estimated part of an expert's tokens that may use one of its num_crossing copies on other nodes: float.
+def reach(load, home_node, max_nodes, num_nodes):
+    """Estimated part of an expert's tokens that may use a copy of it on another node, float64 [layers, num_nodes].
 
-    The token's other max_nodes - 1 nodes are taken as drawn evenly from the num_nodes - 1 others, and of the tokens
-    that miss the copy's node EXCHANGE are taken to be able to give up another node for it. 8 nodes of which 4 are
-    allowed: 3/7 + 4/7 * 0.2 = 0.543 for one copy.
+    load: float64 [layers, experts]; home_node: int64 [layers, experts]. A token touches max_nodes nodes, popular ones
+    more often: node n is taken to be touched with probability q_n = min(1, c * rows at home on n), c such that the q_n
+    sum to max_nodes. Of the tokens that miss node n, EXCHANGE are taken to be able to give up another node for it.
     """
     if num_nodes == 1:
-        return 1.0
-    one = min(1.0, (max_nodes - 1) / (num_nodes - 1))
-    one += (1 - one) * EXCHANGE
-    return 1 - (1 - one) ** num_crossing
+        return np.ones((len(load), 1))
+    rows = np.zeros((len(load), num_nodes))
+    np.add.at(rows, (np.arange(len(load))[:, None], home_node), load)
+    rows = rows / rows.max(1, keepdims=True) + 1e-9
+    touched = np.zeros_like(rows)
+    for _ in range(num_nodes):  # every pass caps the nodes that are always touched and shares out the rest
+        certain = touched >= 1
+        rest = max_nodes - certain.sum(1, keepdims=True)
+        others = np.where(certain, 0.0, rows).sum(1, keepdims=True)
+        touched = np.where(certain, 1.0, np.minimum(1.0, rest * rows / np.where(others > 0, others, 1.0)))
+    return touched + (1 - touched) * EXCHANGE
 
 
 def place_grouped(load, *, num_ranks, num_nodes, num_redundant_experts, num_groups, max_nodes):
@@ -54,24 +61,26 @@ def place_grouped(load, *, num_ranks, num_nodes, num_redundant_experts, num_grou
     flow = np.where(held, load[..., None], 0.0)
     level = flow.sum(1)
     node_of = np.arange(num_ranks) // ranks_per_node
+    part = reach(load, home_node, max_nodes, num_nodes)
     for step in range(num_redundant_experts):
-        rank, chosen = _add_copy(placed, count < slots, held, flow, level, load, home_node, node_of,
-                                 reach(max_nodes, num_nodes))
+        rank, chosen = _add_copy(placed, count < slots, held, flow, level, load, home_node, node_of, part)
         placed[layer, rank, count[layer, rank]] = chosen
         count[layer, rank] += 1
         # Greedy transfers go stale as copies accumulate; pouring again costs more than a step, hence not every time.
         if step % 8 == 7 or step == num_redundant_experts - 1:
             passes = 8 if step == num_redundant_experts - 1 else 2
-            flow = planned_flow(held, load, home_node, node_of, max_nodes, num_nodes, passes=passes)
+            flow = planned_flow(held, load, home_node, node_of, part, passes=passes)
             level = flow.sum(1)
     return placed, flow, home_node
 
 
-def planned_flow(held, load, home_node, node_of, max_nodes, num_nodes, *, passes=8):
+def planned_flow(held, load, home_node, node_of, part, *, passes=8):
     """Rows of each expert per rank, float64 [layers, experts, num_ranks], with only the reachable part crossing nodes.
 
-    held: bool [layers, experts, num_ranks]; home_node: int [layers, experts]; node_of: int [num_ranks].
+    held: bool [layers, experts, num_ranks]; home_node: int [layers, experts]; node_of: int [num_ranks];
+    part: float64 [layers, num_nodes] of reach().
     """
+    num_nodes = part.shape[1]
     at_home = held & (home_node[..., None] == node_of)
     copies = held.sum(2)
     single = np.where((copies == 1)[..., None], held * load[..., None], 0.0)
@@ -85,7 +94,7 @@ def planned_flow(held, load, home_node, node_of, max_nodes, num_nodes, *, passes
     crossing = np.zeros((*which.shape, num_nodes), bool)
     for node in range(num_nodes):
         crossing[..., node] = (anywhere & ~bound)[..., node_of == node].any(2)
-    free = np.vectorize(lambda n: reach(max_nodes, num_nodes, n))(np.arange(num_nodes + 1))[crossing.sum(2)]
+    free = 1 - np.where(crossing, 1 - part[:, None, :], 1.0).prod(2)
     # Each expert is two flows: the tokens that can use any copy, and those that must stay on the home node.
     both = fill_flows(single.sum(1), np.concatenate([amount * free, amount * (1 - free)], 1),
                       np.concatenate([anywhere, bound], 1), passes=passes)
@@ -107,9 +116,10 @@ def update_grouped(placed, load, home_node, move_budget, *, num_nodes, max_nodes
     placed = placed.copy()
     held = np.zeros((num_layers, num_logical, num_ranks), bool)
     held[layer[:, None, None], placed, np.arange(num_ranks)[:, None]] = True
+    part = reach(load, home_node, max_nodes, num_nodes)
 
     def pour(passes):
-        return planned_flow(held, load, home_node, node_of, max_nodes, num_nodes, passes=passes)
+        return planned_flow(held, load, home_node, node_of, part, passes=passes)
 
     flow = pour(8)
     best, best_flow, best_max = placed.copy(), flow.copy(), flow.sum(1).max(1)
@@ -132,7 +142,7 @@ def update_grouped(placed, load, home_node, move_budget, *, num_nodes, max_nodes
         level[layer, rank] -= lost
         room = np.arange(num_ranks) == rank[:, None]
         placed[layer, rank, slot % slots] = -1
-        _, chosen = _add_copy(placed, room, held, flow, level, load, home_node, node_of, reach(max_nodes, num_nodes))
+        _, chosen = _add_copy(placed, room, held, flow, level, load, home_node, node_of, part)
         placed[layer, rank, slot % slots] = chosen
         flow = pour(4)
         largest = flow.sum(1).max(1)
@@ -163,7 +173,7 @@ def _home_ranks(load, num_ranks, num_nodes, num_groups):
     return home
 
 
-def _add_copy(placed, room, held, flow, level, load, home_node, node_of, share):
+def _add_copy(placed, room, held, flow, level, load, home_node, node_of, part):
     """One more copy per layer: the expert of the hottest rank and the rank with room that relieve it most.
 
     room: bool [layers, num_ranks]. Updates held, flow and level and returns (rank, expert), int64 [layers] each; the
@@ -177,7 +187,7 @@ def _add_copy(placed, room, held, flow, level, load, home_node, node_of, share):
     expert = np.where(filled, expert, 0)
     moving = np.minimum(flow[layer[:, None], expert, hot[:, None]][..., None],
                         (level[layer, hot][:, None] - level)[:, None, :] / 2)
-    limit = np.where(home_node[layer[:, None], expert][..., None] == node_of, 1.0, share)
+    limit = np.where(home_node[layer[:, None], expert][..., None] == node_of, 1.0, part[:, node_of][:, None, :])
     moving = np.minimum(moving, limit * load[layer[:, None], expert][..., None])
     legal = filled[..., None] & ~held[layer[:, None], expert] & room[:, None, :]
     gain = np.where(legal, moving, -np.inf).reshape(num_layers, -1)

@@ -5,7 +5,7 @@ Every generator is seeded and returns popularity or token-level choices; loads a
 
 import numpy as np
 
-GENERATORS = ("lognormal", "zipf", "hot", "group", "uniform")
+GENERATORS = ("lognormal", "zipf", "hot", "group", "bursts", "uniform")
 
 
 def balancedness(rank_load):
@@ -21,7 +21,7 @@ def popularity(kind, num_layers, num_logical_experts, seed, *, sigma=1.0, expone
 
     kind: "lognormal" (exp(sigma * normal)), "zipf" (rank ** -exponent in a random order), "hot" (`hot` experts carry
     `hot_share` of everything), "group" (lognormal whose spread is half common to an expert group, half its own),
-    "uniform".
+    "uniform" and "bursts" (all alike; the bursts come with the tokens, sample_topk's burst_tokens).
     """
     if kind not in GENERATORS:
         raise ValueError(f"kind={kind!r}: choose one of {', '.join(GENERATORS)}")

@@ -1,5 +1,7 @@
 """The LP that says what is reachable; needs scipy (the test extra) and is never imported by the planner."""
 
+from itertools import combinations
+
 import numpy as np
 
 
@@ -14,6 +16,34 @@ def lp_rank_load(physical_to_logical, num_ranks, load):
     for rank in range(num_ranks):
         allowed[placed[rank], rank] = True
     return lp_flows(np.zeros(num_ranks), load, allowed)
+
+
+def node_limited_bound(topk_idx, physical_to_logical, num_ranks, num_nodes, max_nodes, *, steps=100):
+    """No choice of copies that keeps every token within max_nodes nodes has a smaller largest rank, in rows: float.
+
+    topk_idx: int [num_tokens, topk] without unused slots; physical_to_logical: int [num_physical_experts].
+    Lagrange dual of the LP in which a token may mix sets of nodes: for any prices of the ranks that sum to 1, the sum
+    over tokens of the cheapest permitted choice is such a bound. `steps` steps of multiplicative weights raise it.
+    """
+    placed = np.asarray(physical_to_logical).reshape(num_ranks, -1)
+    held = np.zeros((int(placed.max()) + 1, num_ranks), bool)
+    held[placed, np.arange(num_ranks)[:, None]] = True
+    per_node = num_ranks // num_nodes
+    sets = np.array(list(combinations(range(num_nodes), max_nodes)))
+    log_price, best = np.zeros(num_ranks), 0.0
+    for step in range(steps):
+        price = np.exp(log_price - log_price.max())
+        by_node = np.where(held, price / price.sum(), np.inf).reshape(len(held), num_nodes, per_node)
+        cheapest = by_node.argmin(2) + np.arange(num_nodes) * per_node
+        slot_price = by_node.min(2)[topk_idx]
+        total = np.stack([slot_price[..., nodes].min(2).sum(1) for nodes in sets], 1)
+        best = max(best, float(total.min(1).sum()))
+        nodes = sets[total.argmin(1)]
+        which = np.take_along_axis(slot_price, nodes[:, None, :], 2).argmin(2)
+        rank = cheapest[topk_idx, np.take_along_axis(nodes, which, 1)]
+        load = np.bincount(rank.ravel(), minlength=num_ranks)
+        log_price += (load / load.mean() - 1) * 0.3 / np.sqrt(1 + step)
+    return best
 
 
 def lp_flows(fixed, amount, allowed):

@@ -17,6 +17,8 @@ TOLERANCE = 1e-5
 # Layers further than this from their bound also try other replica counts.
 RETRY = 1e-3
 # Where between the smallest possible hottest copy (0) and a whole rank's load (1) the other counts cut copies off.
+# Rounds of search that other replica counts get before the best of them is searched to the end.
+TRIAL_ROUNDS = 6
 CUTS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 
 
@@ -131,17 +133,20 @@ def _check_topology(num_logical, num_ranks, num_nodes, num_redundant, num_groups
 def _best_placement(load, num_ranks, num_redundant, cost):
     """Placement with the smallest largest rank cost among a few replica counts: int64 [layers, ranks, slots]."""
     count = minmax_replicas(load, num_redundant, num_ranks)
-    best, best_max, bound = _place(load, count, num_ranks, cost)
+    best, best_max, bound, filled = _place(load, count, num_ranks, cost)
     if not num_redundant:
         return best
+    changed = np.zeros(len(load), bool)
     smallest = (load / count).max(1)
     whole = np.maximum(load.sum(1) / num_ranks, smallest)
+    # Other counts could lower that bound too, but only by making the hottest copies hotter: not worth their time.
+    enough = np.maximum(_good_enough(load, bound, num_ranks), filled * (1 + RETRY))
     filler = "warm" if cost is None else "cold"
     for cut in CUTS:
         # Rows: the bound holds for every choice of counts. Activated experts: each choice has its own.
         again = np.arange(len(load))
         if cost is None:
-            again = np.flatnonzero(best_max > _good_enough(load, bound, num_ranks))
+            again = np.flatnonzero(best_max > enough)
         if not len(again):
             break
         cap = smallest[again] * (1 - cut) + whole[again] * cut
@@ -149,9 +154,15 @@ def _best_placement(load, num_ranks, num_redundant, cost):
         again, other = again[ok], other[ok]
         if not len(again):
             continue
-        placed, largest, _ = _place(load[again], other, num_ranks, cost)
+        placed, largest, _, _ = _place(load[again], other, num_ranks, cost, max_rounds=TRIAL_ROUNDS)
         better = largest < best_max[again] * (1 - 1e-9)
         best[again[better]], best_max[again[better]] = placed[better], largest[better]
+        changed[again[better]] = True
+    if changed.any():
+        which = np.flatnonzero(changed)
+        count = invert(best[which].reshape(len(which), -1), load.shape[1])[0]
+        each = slot_cost(cost, load[which] / count, load[which].sum(1))
+        best[which] = swap_search(best[which], each, target=bound[which] * (1 + TOLERANCE))
     return best
 
 
@@ -163,6 +174,18 @@ def _good_enough(load, bound, num_ranks):
     """
     whole = (load == np.round(load)).all(1)
     return np.maximum(bound * (1 + RETRY), np.where(whole, np.ceil(load.sum(1) / num_ranks), 0.0))
+
+
+def _filled_bound(weight, num_ranks):
+    """No placement of copies weight [layers, slots] has a smaller largest rank, float64 [layers]: every slot is filled.
+
+    The k hottest copies lie on at most k ranks, whose other slots hold at least the lightest copies; max over k.
+    """
+    slots = weight.shape[1] // num_ranks
+    k = np.arange(1, num_ranks + 1)
+    heavy = -np.sort(-weight, axis=1).cumsum(1)
+    light = heavy[:, -1:] - np.pad(heavy, ((0, 0), (1, 0)))[:, slots * num_ranks - k * (slots - 1)]
+    return ((heavy[:, k - 1] + light) / k).max(1)
 
 
 def _not_below_greedy(placed, load, num_ranks, num_redundant):
@@ -186,30 +209,35 @@ def _not_below_greedy(placed, load, num_ranks, num_redundant):
     return placed
 
 
-def _place(load, count, num_ranks, cost):
-    """Place copies, linked first, and search: (placed, largest rank cost [layers], bound [layers])."""
+def _place(load, count, num_ranks, cost, *, max_rounds=60):
+    """Place copies, linked first, and search: (placed, largest rank cost, bound, bound with every slot filled).
+
+    The last three float64 [layers].
+    """
     num_logical = load.shape[1]
     each = slot_cost(cost, load / count, load.sum(1))
     owner = expand(count, int(count[0].sum()))
     weight = np.take_along_axis(each, owner, 1)
     bound = np.maximum(weight.sum(1) / num_ranks, each.max(1))
+    filled = np.maximum(bound, _filled_bound(weight, num_ranks))
+    goal = np.where(filled > bound, filled * (1 + RETRY), bound * (1 + TOLERANCE))
 
     def largest(placed):
         return np.take_along_axis(each[:, None, :], placed, 2).sum(2).max(1)
 
     placed = place_copies(owner, weight, num_ranks, num_logical, linked=True)
     # Single experts first: moving only them keeps the links; the last step may then trade links for evenness.
-    placed = swap_search(placed, each, target=bound * (1 + TOLERANCE), movable=count == 1)
-    placed = swap_search(placed, each, target=bound * (1 + RETRY))
+    placed = swap_search(placed, each, target=goal, movable=count == 1, max_rounds=max_rounds)
+    placed = swap_search(placed, each, target=filled * (1 + RETRY), max_rounds=max_rounds)
     worst = largest(placed)
-    again = np.flatnonzero(worst > _good_enough(load if cost is None else each, bound, num_ranks))
+    again = np.flatnonzero(worst > _good_enough(load if cost is None else each, filled, num_ranks))
     if len(again):
         plain = place_copies(owner[again], weight[again], num_ranks, num_logical)
-        plain = swap_search(plain, each[again], target=bound[again] * (1 + TOLERANCE))
+        plain = swap_search(plain, each[again], target=goal[again], max_rounds=max_rounds)
         plain_worst = np.take_along_axis(each[again][:, None, :], plain, 2).sum(2).max(1)
         better = plain_worst < worst[again] * (1 - 1e-9)
         placed[again[better]], worst[again[better]] = plain[better], plain_worst[better]
-    return placed, worst, bound
+    return placed, worst, bound, filled
 
 
 def _round_robin(num_logical, num_redundant, num_ranks):

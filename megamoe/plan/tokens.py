@@ -9,10 +9,13 @@ from .split import fill_flows
 
 # With more sets of nodes than this, tokens keep their experts' home nodes (8 nodes of which 4 are allowed have 70).
 MOST_SETS = 100
+# Exponent that turns rank loads into prices of the node choice: 1 is the gradient of the squared loads, which settles
+# short of the smallest maximum; much more jumps between ranks. 16 came closest to the bound of oracle.py.
+SHARPNESS = 16
 
 
 def choose_replicas(topk_idx, physical_to_logical, *, num_ranks, num_nodes, home_node=None, max_nodes=None, passes=12,
-                    rounds=12):
+                    rounds=24):
     """Physical expert of every token slot of one layer: int64 [num_tokens, topk], -1 where topk_idx is -1.
 
     topk_idx: int [num_tokens, topk], logical; physical_to_logical: int [num_physical_experts], no expert twice on a
@@ -21,7 +24,8 @@ def choose_replicas(topk_idx, physical_to_logical, *, num_ranks, num_nodes, home
     Rows with the same expert and the same set of permitted copies are one flow; flows are water-filled over ranks by
     the batch's actual counts, then handed out in token order, so the result depends on the batch and the plan only.
     Under a node limit, `rounds` times over, a falling part of the tokens changes to the set of nodes in which the
-    copies of its experts lie on the least loaded ranks (a conditional-gradient step on the squared rank loads).
+    copies of its experts lie on the least loaded ranks (a conditional-gradient step on
+    the rank loads to the power SHARPNESS + 1).
     """
     topk_idx = np.asarray(topk_idx).astype(np.int64)
     physical_to_logical = np.asarray(physical_to_logical)
@@ -87,7 +91,7 @@ def _spread(nodes, expert, used, held, on_node, max_nodes, rounds):
         if level.max() < best_max:
             best, best_max = nodes, level.max()
         by_node = np.where(held, level, np.inf).reshape(len(held), num_nodes, -1).min(2)
-        price = np.where(used[..., None], by_node[expert], 0.0)
+        price = np.where(used[..., None], (by_node[expert] / max(level.max(), 1.0)) ** SHARPNESS, 0.0)
         cheapest, least = np.zeros(num_tokens, np.int64), np.full(num_tokens, np.inf)
         for row, chosen in enumerate(sets):
             total = price[..., chosen].min(2).sum(1)

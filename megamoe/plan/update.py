@@ -121,7 +121,9 @@ def _best_retarget(state, active):
     layer = np.arange(num_layers)
     hot = rank_cost.argmax(1)
     flat = placed.reshape(num_layers, -1)
-    level_sum = np.einsum("lr,lre->le", rank_cost, held)
+    # Costs of the ranks that hold an expert, summed over its copies: cheaper than a product with held
+    where = layer[:, None] * cost.shape[1] + flat
+    level_sum = np.bincount(where.ravel(), np.repeat(rank_cost, slots), cost.size).reshape(cost.shape)
     rise, fall = less - cost, cost - more
     removable = np.take_along_axis(count, flat, 1) > 1
     width = int(removable.sum(1).max())

@@ -12,14 +12,12 @@ of 128; its scale factors are those of the two halves.
 import torch
 from torch import Tensor
 
-from megamoe.layout import IMAGE_PITCH_BYTES, IMAGE_SF_OFFSET, K_BLOCK, N_BLOCK
+from megamoe.layout import IMAGE_PITCH_BYTES, IMAGE_SF_OFFSET, K_BLOCK, N_BLOCK, image_blocks
 
 
 def image_shape(linear: int, num_local_experts: int, hidden: int, intermediate: int) -> tuple[int, int, int, int]:
     """Shape of all images of linear1 or linear2 (`linear` = 1 or 2): uint8 [experts, n blocks, k blocks, pitch]."""
-    if linear == 1:
-        return num_local_experts, intermediate // 128, hidden // K_BLOCK, IMAGE_PITCH_BYTES
-    return num_local_experts, -(-hidden // N_BLOCK), intermediate // K_BLOCK, IMAGE_PITCH_BYTES
+    return num_local_experts, *image_blocks(linear, hidden, intermediate), IMAGE_PITCH_BYTES
 
 
 def order_rows(linear: int, rows: Tensor) -> Tensor:

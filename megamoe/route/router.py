@@ -44,6 +44,15 @@ def route(
     """
     scores, picking = expert_scores(logits, topk, score, bias)
     num_experts = logits.shape[1]
+    topk_groups = check_groups(num_experts, topk, num_groups, topk_groups)
+    kept = None
+    if topk_groups < num_groups:
+        kept = kept_experts(picking, members_of_groups(num_experts, num_groups, logits.device), topk_groups, num_best=2)
+    return pick_experts(scores, picking, kept, topk, normalize, scale)
+
+
+def check_groups(num_experts: int, topk: int, num_groups: int, topk_groups: int | None) -> int:
+    """topk_groups of route, 1 where there is one group; ValueError names a wrong one."""
     if num_groups < 1 or num_experts % num_groups:
         raise ValueError(f"num_groups={num_groups} must divide the {num_experts} experts of logits")
     if topk_groups is None and num_groups == 1:
@@ -53,14 +62,18 @@ def route(
     most = topk_groups * (num_experts // num_groups)
     if topk > most:
         raise ValueError(f"topk={topk} is more than the {most} experts of topk_groups={topk_groups}; keep more groups")
-    kept = None
-    if topk_groups < num_groups:
-        kept = kept_experts(picking, members_of_groups(num_experts, num_groups, logits.device), topk_groups, num_best=2)
-    return pick_experts(scores, picking, kept, topk, normalize, scale)
+    return topk_groups
 
 
 def expert_scores(logits: Tensor, topk: int, score: str, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """(scores that weigh, scores that pick), both fp32 [n, num_experts]; arguments and errors as for route."""
+    check_route(logits, topk, score, bias)
+    scores = torch.softmax(logits.float(), dim=1) if score == "softmax" else torch.sigmoid(logits.float())
+    return scores, scores if bias is None else scores + bias.float()
+
+
+def check_route(logits: Tensor, topk: int, score: str, bias: Tensor | None) -> None:
+    """ValueError names a wrong argument of route."""
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError(
             f"logits has shape {tuple(logits.shape)}, dtype {logits.dtype}; pass floating [num_tokens, num_experts]"
@@ -70,13 +83,8 @@ def expert_scores(logits: Tensor, topk: int, score: str, bias: Tensor | None) ->
         raise ValueError(f"topk={topk} must be between 1 and the {num_experts} experts of logits")
     if bias is not None and bias.shape != (num_experts,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; pass [num_experts] = [{num_experts}]")
-    if score == "softmax":
-        scores = torch.softmax(logits.float(), dim=1)
-    elif score == "sigmoid":
-        scores = torch.sigmoid(logits.float())
-    else:
+    if score not in ("softmax", "sigmoid"):
         raise ValueError(f"score={score!r} must be 'softmax' or 'sigmoid'")
-    return scores, scores if bias is None else scores + bias.float()
 
 
 def pick_experts(

@@ -21,6 +21,9 @@ def compile_build(build: KernelBuild) -> CompiledKernel:
     return compile_kernel(build.source, build.entry, build.defines)
 
 
+EVERY = kernel_builds() + tuple(kernel_build(block, plans=True) for block in TILES["fp8"])
+
+
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, CompiledKernel]:
     try:
@@ -28,7 +31,7 @@ def compiled() -> dict[str, CompiledKernel]:
     except MissingLibraryError as error:
         pytest.skip(f"not run: {error}")
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip([build.name for build in kernel_builds()], pool.map(compile_build, kernel_builds())))
+        return dict(zip([build.name for build in EVERY], pool.map(compile_build, EVERY)))
 
 
 def test_one_build_for_each_weight_format_and_tile_size():
@@ -37,7 +40,7 @@ def test_one_build_for_each_weight_format_and_tile_size():
     assert len({build.name for build in kernel_builds()}) == len(kernel_builds())
 
 
-@pytest.mark.parametrize("build", kernel_builds(), ids=lambda build: build.name)
+@pytest.mark.parametrize("build", EVERY, ids=lambda build: build.name)
 def test_configuration_compiles_without_loss(build, compiled):
     kernel = compiled[build.name]
     need = kernel.resources

@@ -16,10 +16,11 @@ from megamoe.plan import (
     plan_experts,
     popularity,
     sample_topk,
+    show,
 )
 from megamoe.plan.cli import main
 from megamoe.plan.load import GENERATORS
-from megamoe.plan.oracle import lp_rank_load
+from megamoe.plan.oracle import lp_rank_load, node_limited_bound
 from megamoe.plan.report import even_rank_load
 
 
@@ -45,6 +46,22 @@ def test_group_limited_routing_is_balanced_within_the_node_limit(kind, num_nodes
     assert got >= 0.95 or got >= 0.98 * best
     rival = balancedness(even_rank_load(greedy_physical_to_logical(load, **shared), 32, load.astype(float)))[0]
     assert got > rival
+
+
+def test_the_oracle_bounds_what_the_choice_reaches_under_the_node_limit():
+    topk_idx = sample_topk(popularity("group", 1, 64, 3), 1000, 6, 4, num_groups=8, topk_groups=3)
+    plan = plan_experts(count_load(topk_idx, 64), num_ranks=16, num_nodes=8, num_groups=8, num_redundant_experts=32,
+                        max_nodes_per_token=3)
+    got = chosen_load(plan, topk_idx[0], 3).max()
+    bound = node_limited_bound(topk_idx[0], plan.physical_to_logical[0], 16, 8, 3)
+    assert bound <= got <= bound / 0.9
+    assert bound > topk_idx.size / 16
+
+
+@pytest.mark.parametrize("line", [show.next_batch, show.recovery, show.recovery_curve])
+def test_promises_hold(line):
+    rows = list(line((1,)))
+    assert rows and all(row["ok"] is True for row in rows), rows
 
 
 def test_node_limit_holds_for_a_batch_the_plan_never_saw():
@@ -74,7 +91,7 @@ def test_sampled_tokens_hold_distinct_experts_and_follow_popularity(kind):
     assert (ordered[..., 1:] > ordered[..., :-1]).all()
     load = count_load(topk_idx, 64)
     assert (load.sum(1) == 3000 * 6).all() and load.max() <= 3000
-    if kind != "uniform":
+    if kind not in ("uniform", "bursts"):
         assert np.corrcoef(base.ravel(), load.ravel())[0, 1] > 0.8
     assert (topk_idx == sample_topk(base, 3000, 6, 8)).all()
 

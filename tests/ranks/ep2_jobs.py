@@ -14,7 +14,8 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from megamoe import EPConfig, MegaMoEError, MoEConfig, MoELayer, Workspace
+from megamoe import EPConfig, MegaMoEError, MoEConfig, MoELayer, Workspace, plan_experts
+from megamoe.plan import popularity
 from megamoe.ranks import init_process_group
 from megamoe.testing.data import Case, make_case
 from tests.gpu import oracle
@@ -212,6 +213,38 @@ def caught(layer: MoELayer) -> MegaMoEError:
     raise AssertionError("check() did not raise")
 
 
+def live_rebalance(workspace: Workspace, rank: int) -> str:
+    """Weights travel over NVLink between replays of a graph, ranks in uneven pace: the bits stay."""
+    case, done = make_case(5, LARGE, 2, [60, 33], "zipf", "cuda"), 0
+    ep_config = EPConfig(64, num_redundant_slots_per_rank=4, num_staged_experts=2)
+    with Workspace(LARGE, ep_config) as roomy, MoELayer(LARGE, roomy) as layer:
+        load(layer, case, rank)
+        out, first = poisoned(case, rank), call(layer, case, rank, poisoned(case, rank)).clone()
+        result = judge(case, rank, first)
+        assert result.ok, result.text
+        settle(layer)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call(layer, case, rank, out)
+        wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        for seed, choice in enumerate(("balanced", "min_active", "static", "balanced")):
+            plan = plan_experts(popularity("lognormal", 1, 16, seed), num_ranks=2, num_redundant_experts=8)
+            rebalance, finished = layer.rebalance(plan, choice=choice), False
+            while not finished:
+                finished = rebalance.step()
+                out.fill_(float("nan"))
+                for number in range(3):
+                    if (number + rank) % 2:
+                        torch.cuda._sleep(200_000)
+                    graph.replay()
+                wrong += (oracle.bits([out]) != oracle.bits([first])).sum()
+                done += 1
+        settle(layer)
+        assert int(wrong) == 0, f"{int(wrong)} values differ"
+        del graph
+    return f"4 plans, {done} steps, bitwise the same"
+
+
 def different_configurations(workspace: Workspace, rank: int) -> str:
     """Named on both ranks, before any symmetric memory is taken."""
     try:
@@ -222,7 +255,8 @@ def different_configurations(workspace: Workspace, rank: int) -> str:
     raise AssertionError("ranks of different capacity were accepted")
 
 
-JOBS = (random_cases, back_to_back, uneven_pace, graph_replay, layers_take_turns, different_configurations, absent_rank)
+JOBS = (random_cases, back_to_back, uneven_pace, graph_replay, layers_take_turns, live_rebalance,
+        different_configurations, absent_rank)  # fmt: skip
 
 
 def report(**fields) -> None:

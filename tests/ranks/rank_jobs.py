@@ -8,8 +8,9 @@ import time
 import torch
 import torch.distributed as dist
 
-from megamoe import EPConfig, MegaMoEError, MoEConfig, MoELayer, Workspace
+from megamoe import EPConfig, MegaMoEError, MoEConfig, MoELayer, Workspace, plan_experts
 from megamoe.exchange import LocalExchange
+from megamoe.plan import popularity
 from megamoe.ranks import init_process_group
 from megamoe.steps import moe_layer
 from megamoe.testing.data import make_case
@@ -34,6 +35,27 @@ def equal(info):
                 calls += 1
                 equal_calls += torch.equal(y, expected) and y.shape == x.shape
     return {"calls": calls, "equal": equal_calls}
+
+
+def plans(info):
+    """A plan with redundant experts and a rebalance, weights over the wire: the oracle's bits at every step."""
+    config, calls, equal_calls = SMALL, 0, 0
+    ep_config = EPConfig(16, num_redundant_slots_per_rank=2)
+    with Workspace(config, ep_config, device="cpu") as workspace, MoELayer(config, workspace) as layer:
+        case = make_case(3, config, info.ep_size, [16, 9][: info.ep_size], "holes")
+        expected = moe_layer(config, LocalExchange(info.ep_size), case.weights, case.inputs)[info.ep_rank]
+        weights, (x, _, topk_idx, topk_weights, _) = case.weights[info.ep_rank], case.inputs[info.ep_rank]
+        layer.load_weights(weights.linear1, weights.linear2, weights.linear1_sf, weights.linear2_sf)
+        for seed, choice in enumerate(("balanced", "static", "min_active")):
+            plan = plan_experts(popularity("zipf", 1, 8, seed), num_ranks=info.ep_size, num_redundant_experts=4)
+            rebalance = layer.rebalance(plan, choice=choice, max_bytes=200_000)
+            while not rebalance.step():
+                equal_calls += torch.equal(layer(x, topk_idx, topk_weights), expected)
+                calls += 1
+            equal_calls += torch.equal(layer(x, topk_idx, topk_weights), expected)
+            calls += 1
+        served = layer.load_counts().logical
+    return {"calls": calls, "equal": equal_calls, "served": int(served.sum())}
 
 
 def config_differs(info):

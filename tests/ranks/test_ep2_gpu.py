@@ -11,7 +11,7 @@ from megamoe.testing.spawn import RankResult, spawn_ranks
 SCRIPT = Path(__file__).with_name("ep2_jobs.py")
 ROOT = SCRIPT.parents[2]
 JOBS = ("workspace", "random_cases", "back_to_back", "uneven_pace", "graph_replay", "layers_take_turns",
-        "different_configurations", "absent_rank")  # fmt: skip
+        "live_rebalance", "different_configurations", "absent_rank")  # fmt: skip
 
 pytestmark = pytest.mark.gpus(2)
 

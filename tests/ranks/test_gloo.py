@@ -30,6 +30,12 @@ def test_two_ranks_equal_the_one_process_oracle_bit_for_bit():
         assert result["calls"] == result["equal"] == 10
 
 
+def test_plans_and_their_steps_keep_the_bits_over_the_wire():
+    results = run("plans", 2)
+    assert all(result["calls"] == result["equal"] >= 6 for result in results)
+    assert sum(result["served"] for result in results) > 0
+
+
 def test_configurations_that_differ_are_refused_on_every_rank():
     for result in run("config_differs", 2):
         assert result["error"].startswith("moe_configs[0].topk differs between ranks: 2 on rank 0, 3 on rank 1")

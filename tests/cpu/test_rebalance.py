@@ -1,0 +1,192 @@
+"""Plans on a layer: the same bits under any plan, choice and step of a rebalance; a failed step leaves the old plan."""
+
+import numpy as np
+import pytest
+import torch
+
+from megamoe import EPConfig, MegaMoEError, MoEConfig, MoELayer, Workspace, plan_experts, update_plan
+from megamoe.layout import CHOICES
+from megamoe.plan import drift, popularity
+from megamoe.rebalance import default_placement, plan_steps, target_placement
+from megamoe.testing.data import make_case
+
+CONFIG = MoEConfig(hidden=256, intermediate=128, num_experts=12, topk=3)
+RANKS, SPARE = 4, 2
+
+
+def make_layer(config=CONFIG, spare=SPARE, routing="zipf"):
+    ep_config = EPConfig(64, RANKS, num_redundant_slots_per_rank=spare)
+    layer = MoELayer(config, Workspace(config, ep_config, device="cpu"))
+    case = make_case(3, config, RANKS, [40, 0, 17, 64], routing)
+    load(layer, case)
+    return layer, case
+
+
+def load(layer, case):
+    names = "linear1", "linear1_sf", "linear2", "linear2_sf", "linear1_bias", "linear2_bias"
+    columns = dict(zip(names, map(list, zip(*case.weights))))
+    layer.load_weights(**{name: column for name, column in columns.items() if column[0] is not None})
+
+
+def run(layer, case):
+    x, _, topk_idx, topk_weights, _ = (list(column) for column in zip(*case.inputs))
+    return torch.cat(layer(x, topk_idx, topk_weights))
+
+
+def make_plan(kind="zipf", seed=1, redundant=8):
+    return plan_experts(popularity(kind, 2, 12, seed), num_ranks=RANKS, num_redundant_experts=redundant)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("redundant", [0, 4, 8])
+def test_the_output_does_not_depend_on_the_plan(choice, redundant):
+    layer, case = make_layer()
+    expected = run(layer, case)
+    layer.load_plan(make_plan(redundant=redundant), plan_layer=1, choice=choice)
+    assert torch.equal(run(layer, case), expected)
+    layer.load_plan(make_plan("lognormal", redundant=redundant), choice=choice)
+    assert torch.equal(run(layer, case), expected)
+    load(layer, case)  # the default placement again
+    assert torch.equal(run(layer, case), expected)
+
+
+def test_bf16_layers_take_plans_too():
+    layer, case = make_layer(MoEConfig(256, 128, 12, 3, weight_format="bf16"))
+    expected = run(layer, case)
+    layer.load_plan(make_plan())
+    torch.testing.assert_close(run(layer, case), expected)
+
+
+@pytest.mark.parametrize("spare", [0, 1, 2])
+def test_every_step_serves_and_keeps_to_its_budget(spare):
+    layer, case = make_layer(spare=spare)
+    expected = run(layer, case)
+    first = make_plan(redundant=spare * RANKS)
+    layer.load_plan(first)
+    later = update_plan(first, drift(first.load, 0.8, 5), 6)
+    expert_bytes = layer._engine.expert_bytes
+    rebalance = layer.rebalance(later, max_bytes=expert_bytes)
+    assert rebalance.moved_bytes <= 6 * expert_bytes
+    steps = 0
+    while not rebalance.step():
+        moved = np.bincount([move.dst_rank for move in rebalance._staged])
+        assert moved.max() <= 1
+        assert torch.equal(run(layer, case), expected)
+        steps += 1
+    assert steps + 1 == rebalance.num_steps or rebalance.moved_bytes == 0
+    assert torch.equal(run(layer, case), expected)
+    held = layer._engine.placement.reshape(RANKS, -1)
+    for have, want in zip(held, later.placed[0]):
+        assert sorted(have[have >= 0].tolist()) == sorted(want.tolist())
+
+
+def test_a_failure_half_way_leaves_the_last_placement_in_force(monkeypatch):
+    layer, case = make_layer()
+    expected = run(layer, case)
+    engine = layer._engine
+    rebalance = layer.rebalance(make_plan(), max_bytes=engine.expert_bytes)
+    assert rebalance.num_steps > 3 and not rebalance.step() and not rebalance.step()
+    before = engine.placement.copy()
+
+    def fail(sends, step):
+        raise MegaMoEError("rank 2 did not come")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.exchange, "all_to_all", fail, raising=False)
+        with pytest.raises(MegaMoEError):
+            rebalance.step()
+    assert torch.equal(run(layer, case), expected)
+    assert (engine.placement >= 0).sum() >= (before >= 0).sum()
+    layer.load_plan(make_plan())
+    assert torch.equal(run(layer, case), expected)
+    with pytest.raises(RuntimeError, match="start a new one"):
+        rebalance.step()
+
+
+def test_steps_never_lose_an_expert():
+    rng = np.random.default_rng(2)
+    for _ in range(200):
+        ranks, slots = int(rng.integers(1, 7)), int(rng.integers(1, 6))
+        experts = int(rng.integers(slots, ranks * slots + 1))
+        experts -= experts % ranks
+        if not experts or slots > experts:
+            continue
+        held = default_placement(experts, ranks, slots).reshape(ranks, slots)
+        plan = plan_experts(rng.lognormal(0, 1, (1, experts)), num_ranks=ranks,
+                            num_redundant_experts=ranks * slots - experts)
+        target = target_placement(held, plan.placed[0])
+        held = held.copy()
+        try:
+            steps = plan_steps(held, target, 1)
+        except ValueError:
+            steps = plan_steps(held, target, slots)
+        for moves in steps:
+            assert all(held[m.src_rank, m.src_slot] == m.expert for m in moves)
+            for m in moves:
+                held[m.dst_rank, m.dst_slot] = m.expert
+            assert set(range(experts)) <= set(held.ravel().tolist())
+        assert (held[target >= 0] == target[target >= 0]).all()
+
+
+def test_load_counts_are_what_was_served():
+    layer, case = make_layer()
+    want = torch.bincount(torch.cat([i.topk_idx.flatten() for i in case.inputs]), minlength=12)
+    layer.load_plan(plan_experts(want[None].numpy(), num_ranks=RANKS, num_redundant_experts=8))
+    run(layer, case)
+    loads = layer.load_counts()
+    assert torch.equal(sum(one.logical for one in loads), want)
+    assert sum(int(one.physical.sum()) for one in loads) == int(want.sum())
+    rows = [int(one.physical.sum()) for one in loads]
+    assert max(rows) - min(rows) <= 2  # balanced by the batch's own counts
+
+
+def test_biases_move_with_their_experts():
+    layer, case = make_layer(MoEConfig(256, 128, 12, 3, weight_format="bf16", bias=True))
+    expected = run(layer, case)
+    layer.load_plan(make_plan())
+    assert case.weights[0].linear2_bias.any() and torch.equal(run(layer, case), expected)
+
+
+def test_a_layer_with_the_weights_of_another_follows_its_plan():
+    first, case = make_layer()
+    ep_config = first.workspace.ep_config
+    second = MoELayer(CONFIG, Workspace(CONFIG, ep_config, device="cpu"), weights_of=first)
+    expected = run(second, case)
+    first.load_plan(make_plan())
+    assert torch.equal(run(second, case), expected) and torch.equal(run(first, case), expected)
+    used = sum(int((i.topk_idx >= 0).sum()) for i in case.inputs)
+    served = [sum(int(one.logical.sum()) for one in layer.load_counts()) for layer in (first, second)]
+    assert served == [used, 2 * used]
+    with pytest.raises(RuntimeError, match="weights of another"):
+        second.load_plan(make_plan())
+    with pytest.raises(ValueError, match="num_redundant_slots_per_rank=2, this layer on one with 0"):
+        MoELayer(CONFIG, Workspace(CONFIG, EPConfig(64, RANKS), device="cpu"), weights_of=first)
+
+
+def test_several_domains_refuse_a_plan_and_count_load():
+    ep_config = EPConfig(64, RANKS, ranks_per_domain=2)
+    layer = MoELayer(CONFIG, Workspace(CONFIG, ep_config, device="cpu"))
+    case = make_case(3, CONFIG, RANKS, [40, 0, 17, 64], "zipf")
+    load(layer, case)
+    run(layer, case)
+    want = torch.bincount(torch.cat([i.topk_idx.flatten() for i in case.inputs]), minlength=12)
+    loads = layer.load_counts()
+    assert torch.equal(sum(one.logical for one in loads), want)
+    assert torch.equal(torch.cat([one.physical for one in loads]), want)
+    assert layer.stats().calls == 1 and layer.stats().wait_s == 0
+    with pytest.raises(ValueError, match="4 ranks are 2 NVLink domains.*ranks_per_domain"):
+        layer.load_plan(make_plan(redundant=0))
+
+
+def test_plans_that_do_not_fit_name_the_numbers():
+    layer, _ = make_layer(spare=0)
+    with pytest.raises(ValueError, match="num_redundant_slots_per_rank=2 or more"):
+        layer.load_plan(make_plan())
+    with pytest.raises(ValueError, match="for 12 experts on 2 ranks, the layer has 12 on 4"):
+        layer.load_plan(plan_experts(np.ones((1, 12)), num_ranks=2))
+    with pytest.raises(ValueError, match="plan_layer=2: the plan has 2 layers"):
+        layer.load_plan(make_plan(redundant=0), plan_layer=2)
+    with pytest.raises(ValueError, match="no room for one expert"):
+        layer.rebalance(make_plan(redundant=0), max_bytes=1000)
+    with pytest.raises(ValueError, match="choice='best'"):
+        layer.load_plan(make_plan(redundant=0), choice="best")
