@@ -54,13 +54,7 @@ def together(group, deadline_s: float):
 
 def builds_of(configs, ep_size: int, capacity: int) -> list[tuple[str, int]]:
     """(weight format, tokens of a tile) of every kernel that calls of up to `capacity` tokens a rank can choose."""
-    wanted = []
-    for weight_format in sorted({c.weight_format for c in configs}):
-        here = [c for c in configs if c.weight_format == weight_format]
-        largest = max(tiles.choose_block_tokens(c, ep_size, capacity) for c in here)
-        smallest = min(tiles.choose_block_tokens(c, ep_size, 1) for c in here)
-        wanted += [(weight_format, b) for b in tiles.TILES[weight_format] if smallest <= b <= largest]
-    return wanted
+    return sorted({(c.weight_format, block) for c in configs for block in tiles.reachable_tiles(c, ep_size, capacity)})
 
 
 class FusedWorkspace:
