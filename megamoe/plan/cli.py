@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,8 @@ def main(argv=None):
     """Run the verb; returns the exit status: 0, or 2 with one line on stderr for input that cannot be planned."""
     args = build_parser().parse_args(argv)
     try:
+        if args.png and not find_spec("matplotlib"):
+            raise ValueError(f"--png {args.png} needs matplotlib, which is missing; pip install 'megamoe[plot]'")
         return _compare(args) if args.compare else _plan(args)
     except (ValueError, OSError) as error:
         print(f"plan: {error}", file=sys.stderr)
