@@ -172,8 +172,9 @@ class FusedWorkspace:
         if code == "aborted_by_peer":
             raise MegaMoEError(f"launch {r.epoch} was ended by rank {r.origin}, whose own error says why", record)
         if code == "expert_out_of_range":
-            # Bit 30 marks an id that the sender could not map to a slot (kUnmappedIdBit)
-            signed = r.have - (1 << 32) if r.have >> 31 else r.have & ~(1 << 30)
+            # With plans, bit 30 marks an id that the sender could not map to a slot (kUnmappedIdBit)
+            marked = 1 << 30 if self.ep_config.takes_plans else 0
+            signed = r.have - (1 << 32) if r.have >> 31 else r.have & ~marked
             src_rank, token = divmod(r.index, layout.MAX_TOKENS)
             raise MegaMoEError(
                 f"topk_idx of token {token} of rank {src_rank} names expert {signed}; "

@@ -30,11 +30,17 @@ def support(
     if ep_size is None:
         ep_size = (ep_config.virtual_ranks if ep_config is not None else None) or 1
     reasons = []
+    redundant = 0 if ep_config is None else ep_config.num_redundant_slots_per_rank
     try:
         num_local_experts = config.num_local_experts(ep_size)
     except ValueError as error:
         reasons.append(str(error))
     else:
+        if num_local_experts <= MAX_LOCAL_EXPERTS < num_local_experts + redundant:
+            reasons.append(
+                f"num_redundant_slots_per_rank={redundant} beside {num_local_experts} experts a rank is above "
+                f"{MAX_LOCAL_EXPERTS} slots; use at most {MAX_LOCAL_EXPERTS - num_local_experts}"
+            )
         if num_local_experts > MAX_LOCAL_EXPERTS:
             reasons.append(
                 f"num_experts={config.num_experts} over ep_size={ep_size} ranks is {num_local_experts} experts a "
@@ -82,6 +88,11 @@ def _device_reasons(
         reasons.append(f"activation={config.activation!r} has no kernel yet; use device='cpu'")
     if config.bias:
         reasons.append("bias=True has no kernel yet; use device='cpu'")
+    if config.weight_format == "mxfp4" and ep_config is not None and ep_config.takes_plans:
+        reasons.append(
+            "weight_format='mxfp4' with num_redundant_slots_per_rank or num_staged_experts has no kernel yet; set both "
+            "to 0, or use weight_format='fp8' or device='cpu'"
+        )
     if not torch.cuda.is_available():
         return [
             *reasons,

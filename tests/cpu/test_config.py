@@ -88,6 +88,17 @@ def test_support_gives_reasons():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="not run: this machine has a CUDA device")
+def test_support_knows_what_plans_ask_of_the_kernel():
+    config = MoEConfig(256, 128, 256, 2)
+    assert support(config, EPConfig(8), ep_size=1).ok
+    (reason,) = support(config, EPConfig(8, num_redundant_slots_per_rank=8), ep_size=1).reasons
+    assert "num_redundant_slots_per_rank=8" in reason and "use at most 0" in reason
+    assert support(config, EPConfig(8, num_redundant_slots_per_rank=8), ep_size=2).ok
+    mxfp4 = MoEConfig(256, 128, 8, 2, weight_format="mxfp4")
+    assert support(mxfp4, EPConfig(8, num_staged_experts=1), "cpu").ok
+    assert any("no kernel yet" in why for why in support(mxfp4, EPConfig(8, num_staged_experts=1), "cuda").reasons)
+
+
 def test_support_says_that_there_is_no_cuda_device():
     assert "finds no CUDA device; use device='cpu'" in support(MoEConfig(**GOOD), None, "cuda").reasons[0]
 
