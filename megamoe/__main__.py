@@ -13,7 +13,7 @@ VERBS = {
     "verify": (
         "megamoe.verbs",
         "verify_main",
-        "a model's layers against exact and unquantized ones: --model DIR [--json]",
+        "a layer's numbers against exact and unquantized ones, or a model's: --model DIR [--json]",
     ),
     "reference": ("megamoe.reference", "main", "every public function, from its docstring, as Markdown [NAME ...]"),
     "convert": (

@@ -2,15 +2,14 @@
 
 A checkpoint is a `.safetensors` file, or a directory with `model.safetensors`, or one with shards and their
 `model.safetensors.index.json`. `megamoe/checkpoint_layouts.py` lists the layouts of experts that are read: plain (bf16,
-fp16, fp32) and block-FP8 tensors of Qwen3-MoE, DeepSeek-V3 and Mixtral, and gpt-oss's stacked ones.
+fp16, fp32) and block-FP8 tensors of Qwen3-MoE, DeepSeek-V3 and Mixtral, and gpt-oss's stacked ones, plain or MXFP4.
 
 Pickle files (`*.bin`, `*.pt`) are never opened: reading one can run code.
 """
 
-import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,8 +190,12 @@ def find_problems(
     if layout.kind == "blocks":
         return mxfp4_reader().find_problems(checkpoint, prefix, expert_range, config, sizes)
     expected = _expected(layout, config, sizes, range(config.num_experts))
-    local = _expected(layout, config, sizes, expert_range).keys()
-    present = {name for name in checkpoint.names if name.startswith(layout.prefix + ".")}
+    return compare(checkpoint, layout.prefix, expected, _expected(layout, config, sizes, expert_range).keys())
+
+
+def compare(checkpoint: Checkpoint, prefix: str, expected: dict[str, tuple], local: Container[str]) -> list[str]:
+    """What find_problems lists. expected: name -> (shape, dtypes); local: the names whose shape and dtype matter."""
+    present = {name for name in checkpoint.names if name.startswith(prefix + ".")}
     problems = [f"missing: {name}" for name in expected if name not in present]
     problems += [f"extra: {name}" for name in sorted(present - expected.keys())]
     for name, (shape, dtypes) in expected.items():
@@ -212,16 +215,10 @@ def find_problems(
 
 
 def mxfp4_reader():
-    """The module that reads MXFP4 blocks: `find_problems(checkpoint, prefix, expert_range, config, sizes)` and
-    `load_experts(checkpoint, prefix, expert_range, config=, sizes=, dtype=, device=, progress=)`, both as here.
+    """The module that reads MXFP4 blocks: its find_problems, expert_bytes and load_experts do what those here do."""
+    from megamoe import checkpoint_mxfp4  # it needs what stands here
 
-    ValueError while megamoe/checkpoint_mxfp4.py is not there.
-    """
-    if importlib.util.find_spec("megamoe.checkpoint_mxfp4") is None:
-        raise ValueError(
-            "the checkpoint's experts are MXFP4 blocks, which this version does not read; convert it to bf16"
-        )
-    return importlib.import_module("megamoe.checkpoint_mxfp4")
+    return checkpoint_mxfp4
 
 
 def _expected(layout: Layout, config: MoEConfig, sizes: tuple[int, int], experts: range) -> dict[str, tuple]:
@@ -237,10 +234,10 @@ def _expected(layout: Layout, config: MoEConfig, sizes: tuple[int, int], experts
 def expert_bytes(
     checkpoint: Checkpoint, prefix: str, expert_range: range, config: MoEConfig, sizes: tuple[int, int]
 ) -> int:
-    """Bytes that load_experts reports to its progress for these experts; 0 for MXFP4 blocks, whose reader counts."""
+    """Bytes that load_experts reports to its progress for these experts."""
     layout = find_layout(checkpoint.names, prefix)
     if layout.kind == "blocks":
-        return 0
+        return mxfp4_reader().expert_bytes(checkpoint, prefix, expert_range)
     total = 0
     for part in layout.parts(config, sizes, expert_range):
         info = checkpoint.describe(part.name)
@@ -267,12 +264,13 @@ def load_experts(
     expert_range  logical experts to read, e.g. range(ep_rank * num_local_experts, (ep_rank + 1) * num_local_experts)
     config        hidden, intermediate and num_experts to hold the tensors against, weight_format to return:
                   "fp8": block-FP8 is copied as it is, plain weights are quantized by 128x128 block;
-                  "bf16": `dtype` tensors; plain weights are cast, block-FP8 is dequantized.
+                  "bf16": `dtype` tensors; plain weights are cast, block-FP8 and MXFP4 are dequantized;
+                  "mxfp4": MXFP4 blocks are copied as they are, else as "bf16": `load_weights` quantizes those.
     sizes         hidden and intermediate in the files, where config has them rounded up to 128: padded with zeros
     progress      called with the bytes of every tensor read
 
     Returns linear1 [n, 2 * intermediate, hidden] (gate rows, then up), linear2 [n, hidden, intermediate], n experts of
-    expert_range; for "fp8" their fp32 scale factors per 128x128 block, with config.bias the fp32 biases.
+    expert_range, with scale factors where the format has them (steps.ExpertWeights), with config.bias the fp32 biases.
     Raises CheckpointError, a ValueError, that lists every missing, extra or misshapen tensor.
     Memory: the result, and at most one expert on the way.
     """
@@ -289,7 +287,7 @@ def load_experts(
         return mxfp4_reader().load_experts(
             checkpoint, prefix, expert_range, config=config, sizes=sizes, dtype=dtype, device=device, progress=progress
         )
-    weights = _allocate(config, sizes, len(expert_range), dtype, device)
+    weights = allocate(config, sizes, len(expert_range), dtype, device)
     parts = layout.parts(config, sizes, expert_range)
     sf_names = [part.sf_name for part in parts if part.sf_name is not None]
     scales = {name: sf.float() for name, sf in checkpoint.read(sf_names)}
@@ -299,11 +297,11 @@ def load_experts(
             progress(tensor.nbytes)
         tensor = tensor.to(device)
         sf = scales.pop(part.sf_name, None)
-        _fill(weights, config, part, part.expert - first, tensor.t() if part.swap else tensor, sf)
+        fill(weights, config, part, part.expert - first, tensor.t() if part.swap else tensor, sf)
     return weights
 
 
-def _allocate(config: MoEConfig, sizes: tuple[int, int], num_experts: int, dtype: torch.dtype, device) -> ExpertWeights:
+def allocate(config: MoEConfig, sizes: tuple[int, int], num_experts: int, dtype: torch.dtype, device) -> ExpertWeights:
     fp8 = config.weight_format == "fp8"
     # A tensor that is filled whole need not be cleared first
     make = torch.empty if sizes == (config.hidden, config.intermediate) else torch.zeros
@@ -316,13 +314,16 @@ def _allocate(config: MoEConfig, sizes: tuple[int, int], num_experts: int, dtype
 
     linear1, linear1_sf = matrices(2 * config.intermediate, config.hidden)
     linear2, linear2_sf = matrices(config.hidden, config.intermediate)
-    biases = (None, None)
-    if config.bias:
-        biases = (torch.zeros(num_experts, n, device=device) for n in (2 * config.intermediate, config.hidden))
-    return ExpertWeights(linear1, linear1_sf, linear2, linear2_sf, *biases)
+    return ExpertWeights(linear1, linear1_sf, linear2, linear2_sf, *allocate_biases(config, num_experts, device))
 
 
-def _fill(weights: ExpertWeights, config: MoEConfig, part: Part, slot: int, tensor: torch.Tensor, sf) -> None:
+def allocate_biases(config: MoEConfig, num_experts: int, device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if not config.bias:
+        return None, None
+    return tuple(torch.zeros(num_experts, n, device=device) for n in (2 * config.intermediate, config.hidden))
+
+
+def fill(weights: ExpertWeights, config: MoEConfig, part: Part, slot: int, tensor: torch.Tensor, sf) -> None:
     """Copy one tensor, [outputs, inputs] or a bias [outputs], to its place in `weights`, quantized if need be."""
     if part.fills == "linear2_bias":
         weights.linear2_bias[slot, : len(tensor)] = tensor
@@ -330,7 +331,7 @@ def _fill(weights: ExpertWeights, config: MoEConfig, part: Part, slot: int, tens
         gate_up = weights.linear1_bias[slot].unflatten(0, (2, config.intermediate))
         gate_up[:, : len(tensor) // 2] = tensor.view(-1, 2).t()
     elif part.fills == "down":
-        _copy_in(weights.linear2[slot], None if weights.linear2_sf is None else weights.linear2_sf[slot], tensor, sf)
+        copy_in(weights.linear2[slot], None if weights.linear2_sf is None else weights.linear2_sf[slot], tensor, sf)
     else:
         halves = {"gate": ((0, tensor),), "up": ((1, tensor),), "gate_up": ((0, tensor[0::2]), (1, tensor[1::2]))}
         for half, rows in halves[part.fills]:
@@ -339,10 +340,10 @@ def _fill(weights: ExpertWeights, config: MoEConfig, part: Part, slot: int, tens
             value_sf = weights.linear1_sf
             if value_sf is not None:
                 value_sf = value_sf[slot].unflatten(0, (2, config.intermediate // BLOCK))[half]
-            _copy_in(value, value_sf, rows, sf)
+            copy_in(value, value_sf, rows, sf)
 
 
-def _copy_in(value: torch.Tensor, value_sf: torch.Tensor | None, tensor: torch.Tensor, sf: torch.Tensor | None) -> None:
+def copy_in(value: torch.Tensor, value_sf: torch.Tensor | None, tensor: torch.Tensor, sf: torch.Tensor | None) -> None:
     num_rows, num_columns = tensor.shape
     if value_sf is None and sf is None:
         value[:num_rows, :num_columns].copy_(tensor)

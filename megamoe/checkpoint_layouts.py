@@ -8,7 +8,7 @@ A layout is found from the names alone, `prefix` being the experts' module (`mod
     stacked    {prefix}.gate_up_proj [num_experts, hidden, 2 * intermediate] with gate and up columns alternating,
                .down_proj [num_experts, intermediate, hidden], and their `_bias`: gpt-oss in bf16
     blocks     {prefix}.gate_up_proj_blocks and _scales (MXFP4): gpt-oss as published; megamoe/checkpoint_mxfp4.py reads
-               those (see checkpoint.mxfp4_reader)
+               those
 """
 
 from collections.abc import Iterable
@@ -83,7 +83,8 @@ def find_layout(names: Iterable[str], prefix: str) -> Layout:
     found = prefix if here[prefix] or not here[mixtral] else mixtral
     rest = here[found]
     kind = "separate" if found == prefix else "mixtral"
-    kind = "blocks" if "gate_up_proj_blocks" in rest else "stacked" if "gate_up_proj" in rest else kind
+    kind = "stacked" if "gate_up_proj" in rest else kind
+    kind = "blocks" if rest & {"gate_up_proj_blocks", "down_proj_blocks"} else kind
     return Layout(kind, found, any(name.endswith(".weight_scale_inv") for name in rest))
 
 

@@ -106,7 +106,7 @@ def fit_mxfp4(weights: ExpertWeights) -> tuple[ExpertWeights, dict[str, int]]:
     """The weights that the kernel multiplies, and how many groups of each tensor had to be re-rounded for it.
 
     Tensors without such groups are handed through; of others a copy is made."""
-    tensors, counts = [], {}
+    tensors, counts = {}, {}
     for name, codes, sf in (
         ("linear1", weights.linear1, weights.linear1_sf),
         ("linear2", weights.linear2, weights.linear2_sf),
@@ -119,8 +119,8 @@ def fit_mxfp4(weights: ExpertWeights) -> tuple[ExpertWeights, dict[str, int]]:
             if fitted.rerounded:
                 codes[expert], sf[expert] = fitted.codes, fitted.sf
             counts[name] += fitted.rerounded
-        tensors += [codes, sf]
-    return ExpertWeights(*tensors), counts
+        tensors |= {name: codes, f"{name}_sf": sf}
+    return weights._replace(**tensors), counts
 
 
 def _fp8_weight(name: str, weight, sf, shape: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,9 @@ import megamoe
 
 MODULES = {
     "megamoe.checkpoint": ("Checkpoint", "CheckpointError", "load_experts", "find_problems"),
+    "megamoe.checkpoint_mxfp4": ("checkpoint_tensors",),
     "megamoe.convert": ("convert",),
+    "megamoe.verify": ("verify",),
     "megamoe.micro_batch": ("MicroBatches",),
     "megamoe.hf_config": ("moe_config_of",),
     "megamoe.integrations.transformers": ("enable", "disable", "Serving"),

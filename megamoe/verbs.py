@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from importlib.util import find_spec
 
 from megamoe.builds import DEBUG_SPILL_BYTES, KernelBuild, kernel_build, kernel_builds
 
@@ -103,10 +102,9 @@ def _builds_of(path: str, ep_size: int, capacity: int) -> list[KernelBuild]:
 
 
 def verify_main(argv: list[str]) -> int:
-    """With --model a model's own layers and tokens, else layers with random weights, where megamoe.verify is there."""
-    if find_spec("megamoe.verify") and not any(argument.split("=")[0] == "--model" for argument in argv):
-        return import_module("megamoe.verify").main(argv)
-    return import_module("megamoe.integrations.verify_model").main(argv)
+    """With --model a model's own layers and tokens, else a layer with random weights."""
+    with_model = any(argument.split("=")[0] == "--model" for argument in argv)
+    return import_module("megamoe.integrations.verify_model" if with_model else "megamoe.verify").main(argv)
 
 
 def layout_main(argv: list[str]) -> int:

@@ -43,6 +43,9 @@ def test_a_wrong_implementation_is_told_from_the_floor(monkeypatch, capsys):
     assert main(["verify", "--model", "tiny", "--positions", "16", "--device", "cpu", "--json"]) == 1
     row = json.loads(capsys.readouterr().out.splitlines()[0])
     assert 0.045 < row["kernel_rel_l2"] < 0.055
+    monkeypatch.setattr(MoELayer, "forward", lambda self, *args, **how: real(self, *args, **how) * float("nan"))
+    assert main(["verify", "--model", "tiny", "--positions", "16", "--device", "cpu"]) == 1
+    capsys.readouterr()
     monkeypatch.setattr(MoELayer, "forward", real)
     assert main(["verify", "--model", "tiny", "--positions", "16", "--device", "cpu", "--json"]) == 0
     right = json.loads(capsys.readouterr().out.splitlines()[0])
