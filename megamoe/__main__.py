@@ -19,7 +19,7 @@ VERBS = {
     "convert": (
         "megamoe.convert",
         "main",
-        "a checkpoint's experts in another number format: SRC DST --format fp8|bf16",
+        "a checkpoint's experts in another number format: SRC DST --format fp8|bf16|mxfp4",
     ),
     "plan": ("megamoe.plan.cli", "main", "where experts go, for a recorded or generated load [--json]"),
     "record": ("megamoe.record", "main", "a model's expert load, step by step, as npz for plan"),

@@ -2,6 +2,7 @@
 
     fp8    experts' plain weights become e4m3 with a `weight_scale_inv` per 128x128 block; all else is copied
     bf16   block-FP8 tensors, experts or not, become bf16, as do experts' plain weights; all else is copied
+    mxfp4  gpt-oss's plain stacked experts become its published blocks and scales; all else is copied
 
 Every shard keeps its name. `convert.json` in DST records the sha256 of each source shard and of what was made of it: a
 run that was cut short goes on where it ended, and a shard whose source or result has changed is made again.
@@ -22,7 +23,9 @@ import torch
 from megamoe.checkpoint import DTYPES, INDEX_NAME, SINGLE_NAME, Checkpoint, CheckpointError
 from megamoe.checkpoint_layouts import PLAIN_DTYPES, PROJECTIONS, blocks_of
 from megamoe.config import BLOCK
+from megamoe.layout import MXFP4_GROUP
 from megamoe.progress import Progress
+from megamoe.quant import mxfp4
 from megamoe.quant.fp8 import dequantize_blocks, quantize_blocks
 from megamoe.safetensors_file import file_digest, write_file
 
@@ -30,6 +33,7 @@ MANIFEST_NAME = "convert.json"
 EXPERT = re.compile(
     r"\.experts\.\d+\.(" + "|".join(name for names in PROJECTIONS.values() for name in names) + r")\.weight$"
 )
+STACKED = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
 SCALE = "_scale_inv"
 NAMES = {torch_dtype: name for name, torch_dtype in DTYPES.items()}
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
@@ -84,7 +88,40 @@ def to_fp8(source: Source) -> Conversion:
     return Conversion(described, lambda tensor, _: _quantize(tensor))
 
 
-FORMATS: dict[str, Callable[[Source], Conversion]] = {"bf16": to_bf16, "fp8": to_fp8}
+def to_mxfp4(source: Source) -> Conversion:
+    """mxfp4: see the module's docstring; names and shapes: megamoe/checkpoint_mxfp4.py."""
+    if source.has_sf:
+        return to_fp8(source)
+    if not (STACKED.search(source.name) and source.dtype in PLAIN_DTYPES):
+        return _copied(source)
+    num_experts, inputs, outputs = source.shape
+    groups = num_experts, outputs, inputs // MXFP4_GROUP
+    described = {
+        f"{source.name}_blocks": (torch.uint8, (*groups, MXFP4_GROUP // 2)),
+        f"{source.name}_scales": (torch.uint8, groups),
+    }
+    return Conversion(described, lambda tensor, _: _quantize_mxfp4(tensor))
+
+
+FORMATS: dict[str, Callable[[Source], Conversion]] = {"bf16": to_bf16, "fp8": to_fp8, "mxfp4": to_mxfp4}
+MXFP4_LEFT_OUT = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+
+
+def _quantize_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, sf = mxfp4.quantize(weight.mT)
+    return codes.unflatten(-1, (-1, MXFP4_GROUP // 2)), sf
+
+
+def _refusal(name: str, shape: tuple[int, ...], make) -> str | None:
+    """Why an expert's tensor has no place in the target's format."""
+    if make is not to_mxfp4:
+        stacked = name.endswith((".gate_up_proj", ".gate_up_proj_blocks"))
+        return "holds all experts of a layer; such checkpoints are converted as they load" if stacked else None
+    if EXPERT.search(name):
+        return "holds one expert; MXFP4 files have all of a layer in one tensor. It is converted as it loads"
+    if STACKED.search(name) and (len(shape) != 3 or shape[1] % MXFP4_GROUP):
+        return f"is {list(shape)}; MXFP4 needs [experts, inputs, outputs], inputs a multiple of {MXFP4_GROUP}"
+    return None
 
 
 def _padded(matrix: torch.Tensor) -> torch.Tensor:
@@ -166,8 +203,8 @@ def _plan(checkpoint: Checkpoint, make) -> dict[str, list[tuple[Source, Conversi
             problems.append(f"missing: {name} (the index says {checkpoint.file_of(name)}, which lacks it)")
         elif info.dtype not in DTYPES:
             problems.append(f"dtype: {name} is {info.dtype}, which is not read here; known: {', '.join(DTYPES)}")
-        elif name.endswith((".gate_up_proj", ".gate_up_proj_blocks")):
-            problems.append(f"layout: {name} holds all experts of a layer; such checkpoints are converted as they load")
+        elif (refusal := _refusal(name, info.shape, make)) is not None:
+            problems.append(f"layout: {name} {refusal}")
         elif info.dtype == "F8_E4M3" and len(info.shape) == 2:
             sf = checkpoint.describe(name + SCALE) if name + SCALE in names else None
             wanted = tuple(map(blocks_of, info.shape))
@@ -233,6 +270,8 @@ def _write_rest(checkpoint: Checkpoint, target: Path, shards: dict, config: dict
     if config is None:
         return
     config.pop("quantization_config", None)
+    if weight_format == "mxfp4":
+        config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": MXFP4_LEFT_OUT}
     if weight_format == "fp8":
         quantized = {name for names in made.values() for name in names if name + SCALE in set(names)}
         plain = {

@@ -13,6 +13,7 @@ import torch
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="not run: safetensors is not installed")
 
 from megamoe import EPConfig, MoEConfig, MoELayer, Workspace
+from megamoe.__main__ import main as cli
 from megamoe.checkpoint import Checkpoint, CheckpointError, expert_bytes, load_experts
 from megamoe.checkpoint_mxfp4 import checkpoint_tensors
 from megamoe.integrations.spec import SpecExperts
@@ -222,18 +223,6 @@ def test_peak_memory_is_the_local_weights_and_less_than_one_plain_expert(tmp_pat
     assert len(done.stdout.splitlines()) == 3
 
 
-def to_blocks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """gpt-oss's stacked bf16 tensors, quantized, under the names of its published files."""
-    found = {}
-    for name, tensor in tensors.items():
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            codes, sf = mxfp4.quantize(tensor.mT)
-            found[f"{name}_blocks"], found[f"{name}_scales"] = codes.unflatten(-1, (-1, 16)).contiguous(), sf
-        else:
-            found[name] = tensor
-    return found
-
-
 def test_a_small_gpt_oss_is_served_from_its_blocks(tmp_path):
     pytest.importorskip("transformers", reason="not run: transformers is not installed")
     from megamoe.integrations.dense import load_without_experts
@@ -243,12 +232,20 @@ def test_a_small_gpt_oss_is_served_from_its_blocks(tmp_path):
     from megamoe.integrations.verify_model import verify_model
 
     ids = [torch.arange(3, 40)[None], torch.arange(60, 67)[None]]
-    folder = save_tiny_model(tmp_path, family="gpt_oss")
+    folder = save_tiny_model(tmp_path / "bf16", family="gpt_oss")
+    assert cli(["convert", str(folder), str(tmp_path / "mxfp4"), "--format", "mxfp4"]) == 0
     plain = safetensors_torch.load_file(folder / "model.safetensors")
-    save(folder, to_blocks(plain))
-    settings = json.loads((folder / "config.json").read_text())
-    settings["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (folder / "config.json").write_text(json.dumps(settings))
+    folder = tmp_path / "mxfp4"
+    made = safetensors_torch.load_file(folder / "model.safetensors")
+    for part in ("gate_up_proj", "down_proj"):
+        codes, sf = mxfp4.quantize(plain[f"{PREFIX}.{part}"].mT)
+        assert f"{PREFIX}.{part}" not in made and torch.equal(made[f"{PREFIX}.{part}_scales"], sf)
+        assert torch.equal(made[f"{PREFIX}.{part}_blocks"].flatten(2), codes)
+    assert all(torch.equal(made[n], t) for n, t in plain.items() if not n.endswith(("gate_up_proj", "down_proj")))
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "mxfp4"
+    assert cli(["convert", str(folder), str(tmp_path / "back"), "--format", "bf16"]) == 1
+    qwen = save_tiny_model(tmp_path / "qwen", family="qwen3_moe")
+    assert cli(["convert", str(qwen), str(tmp_path / "none"), "--format", "mxfp4"]) == 1
     model = load_dequantized(folder, dtype=torch.float32)
     eager = eager_logits(model, ids)
     light = load_without_experts(folder, dtype=torch.float32)
