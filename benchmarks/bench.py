@@ -221,14 +221,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if ok else 1
 
 
-if __name__ == "__main__":
+def run_script(main) -> None:
+    """Ends the process with main()'s status. An exception ends it at once: the peers may be gone, and a collective in a
+    clean-up would hang and hide it."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     try:
         status = main()
     except Exception:
-        # the peers may be gone: a collective in a clean-up would hang and hide this
         traceback.print_exc()
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(1)
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -15,9 +15,7 @@ what the routing asks for. Exit status: 0 when every output was right, 1 when on
 """
 
 import argparse
-import os
 import sys
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -194,12 +192,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    try:
-        status = main()
-    except Exception:
-        traceback.print_exc()  # the peers may be gone: a collective in a clean-up would hang and hide this
-        sys.stderr.flush()
-        sys.stdout.flush()
-        os._exit(1)
-    sys.exit(status)
+    bench.run_script(main)

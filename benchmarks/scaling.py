@@ -21,9 +21,7 @@ Exit status: 0 when every output was right, 1 when one was not, 2 for a wrong co
 """
 
 import argparse
-import os
 import sys
-import traceback
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -264,12 +262,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    try:
-        status = main()
-    except Exception:
-        traceback.print_exc()  # the peers may be gone: a collective in a clean-up would hang and hide this
-        sys.stderr.flush()
-        sys.stdout.flush()
-        os._exit(1)
-    sys.exit(status)
+    bench.run_script(main)
