@@ -1,5 +1,5 @@
 """What one of two ranks with a GPU each runs in test_domains_gpu: two domains of one rank, NCCL between them.
-``python domain_gpu_jobs.py``. Lines as of ep2_jobs.py."""
+``python domain_gpu_jobs.py``. Lines as of gpu_jobs.py."""
 
 import os
 import time
@@ -15,7 +15,7 @@ from megamoe.ranks import init_process_group
 from megamoe.steps import moe_layer
 from megamoe.testing.data import make_case
 from tests.gpu import oracle
-from tests.ranks.ep2_jobs import LARGE, SMALL, call, load, poisoned, report, same, settle
+from tests.ranks.gpu_jobs import LARGE, SMALL, call, load, poisoned, report, same, settle
 
 
 def opened(capacity: int, limit: int | None = None) -> Workspace:

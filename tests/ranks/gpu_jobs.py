@@ -1,7 +1,7 @@
-"""What one of two ranks with a GPU each runs in test_ep2_gpu: ``python ep2_jobs.py``. One line of JSON for each job:
-{"job", "ok", "text", "seconds"}. A job that raises is reported and ends the process: the peer may not be in step.
+"""What one of two or more ranks with a GPU each runs in test_ep_gpu: ``python gpu_jobs.py``. One line of JSON a job:
+{"job", "ok", "text", "seconds"}. A job that raises is reported and ends the process: the peers may not be in step.
 
-Every rank makes both ranks' weights and inputs from the seed, computes the specification for both alone, and compares
+Every rank makes all ranks' weights and inputs from the seed, computes the specification for all alone, and compares
 its own rows.
 """
 
@@ -16,15 +16,21 @@ import torch.distributed as dist
 
 from megamoe import EPConfig, MegaMoEError, MoEConfig, MoELayer, Workspace, plan_experts
 from megamoe.plan import popularity
-from megamoe.ranks import init_process_group
+from megamoe.ranks import init_process_group, rank_from_env
 from megamoe.testing.data import Case, make_case
 from tests.gpu import oracle
 
+NUM_RANKS = rank_from_env().ep_size
 CAPACITY = 256
 LARGE = MoEConfig(hidden=2048, intermediate=1024, num_experts=16, topk=6)
-SMALL = MoEConfig(hidden=384, intermediate=640, num_experts=6, topk=3, swiglu_limit=1.0)
-SHAPES = tuple({oracle.draw(seed, (2,)).config for seed in range(16)}) + (LARGE, SMALL)
+SMALL = MoEConfig(hidden=384, intermediate=640, num_experts=3 * NUM_RANKS, topk=3, swiglu_limit=1.0)
+SHAPES = tuple({oracle.draw(seed, (NUM_RANKS,)).config for seed in range(16)}) + (LARGE, SMALL)
 NUM_RANDOM = 72
+
+
+def counts(even: int, odd: int) -> list[int]:
+    """Tokens of each rank: ranks of even number and of odd number differ."""
+    return [odd if rank % 2 else even for rank in range(NUM_RANKS)]
 
 
 def load(layer: MoELayer, case: Case, rank: int) -> None:
@@ -59,7 +65,7 @@ def random_cases(workspace: Workspace, rank: int) -> str:
     """Random routing, counts, dtypes and bounds; each call twice, the second bitwise the first."""
     worst, ran = 0.0, 0
     for seed in range(NUM_RANDOM):
-        plan = oracle.draw(1000 + seed, (2,))
+        plan = oracle.draw(1000 + seed, (NUM_RANKS,))
         plan = plan._replace(config=sorted(SHAPES, key=str)[seed % len(SHAPES)])
         case = oracle.build(plan)
         with MoELayer(plan.config, workspace) as layer:
@@ -75,7 +81,7 @@ def random_cases(workspace: Workspace, rank: int) -> str:
 
 
 def back_to_back(workspace: Workspace, rank: int) -> str:
-    case = make_case(1, LARGE, 2, [32, 17], "uniform", "cuda", prequantized=True)
+    case = make_case(1, LARGE, NUM_RANKS, counts(32, 17), "uniform", "cuda", prequantized=True)
     with MoELayer(LARGE, workspace) as layer:
         load(layer, case, rank)
         out, first = poisoned(case, rank), call(layer, case, rank, poisoned(case, rank)).clone()
@@ -96,7 +102,7 @@ def back_to_back(workspace: Workspace, rank: int) -> str:
 
 def uneven_pace(workspace: Workspace, rank: int) -> str:
     """Now one rank is late, now the other: a rank one call ahead must not disturb the slower one."""
-    cases = [make_case(seed, LARGE, 2, [40, 24], "uniform", "cuda") for seed in (1, 2)]
+    cases = [make_case(seed, LARGE, NUM_RANKS, counts(40, 24), "uniform", "cuda") for seed in (1, 2)]
     cases[1] = cases[1]._replace(weights=cases[0].weights)
     with MoELayer(LARGE, workspace) as layer:
         load(layer, cases[0], rank)
@@ -117,9 +123,9 @@ def uneven_pace(workspace: Workspace, rank: int) -> str:
 
 
 def graph_replay(workspace: Workspace, rank: int) -> str:
-    static = make_case(3, LARGE, 2, [20, 33], "uniform", "cuda")
-    counts = [torch.zeros(1, dtype=torch.int32, device="cuda") for _ in static.inputs]
-    static = static._replace(inputs=[i._replace(num_tokens=n) for i, n in zip(static.inputs, counts)])
+    static = make_case(3, LARGE, NUM_RANKS, counts(20, 33), "uniform", "cuda")
+    num_tokens = [torch.zeros(1, dtype=torch.int32, device="cuda") for _ in static.inputs]
+    static = static._replace(inputs=[i._replace(num_tokens=n) for i, n in zip(static.inputs, num_tokens)])
     out, graph = poisoned(static, rank), torch.cuda.CUDAGraph()
     with MoELayer(LARGE, workspace) as layer:
         load(layer, static, rank)
@@ -129,8 +135,8 @@ def graph_replay(workspace: Workspace, rank: int) -> str:
             call(layer, static, rank, out)
         for seed, (routing, sizes) in enumerate(zip(("uniform", "holes", "zipf", "none", "duplicates"),
                                                      ((20, 33), (0, 33), (7, 1), (20, 0), (0, 0)))):  # fmt: skip
-            other = make_case(50 + seed, LARGE, 2, [20, 33], routing, "cuda")
-            for mine, theirs, count in zip(static.inputs, other.inputs, sizes):
+            other = make_case(50 + seed, LARGE, NUM_RANKS, counts(20, 33), routing, "cuda")
+            for mine, theirs, count in zip(static.inputs, other.inputs, counts(*sizes)):
                 mine.x.copy_(theirs.x)
                 mine.topk_idx.copy_(theirs.topk_idx)
                 mine.topk_weights.copy_(theirs.topk_weights)
@@ -147,7 +153,7 @@ def graph_replay(workspace: Workspace, rank: int) -> str:
 
 def layers_take_turns(workspace: Workspace, rank: int) -> str:
     layers = [MoELayer(config, workspace) for config in (LARGE, SMALL)]
-    cases = [make_case(7, config, 2, [50, 64], "duplicates", "cuda") for config in (LARGE, SMALL)]
+    cases = [make_case(7, config, NUM_RANKS, counts(50, 64), "duplicates", "cuda") for config in (LARGE, SMALL)]
     for layer, case in zip(layers, cases):
         load(layer, case, rank)
     first = [call(layer, case, rank, poisoned(case, rank)).clone() for layer, case in zip(layers, cases)]
@@ -162,8 +168,9 @@ def layers_take_turns(workspace: Workspace, rank: int) -> str:
 
 
 def absent_rank(workspace: Workspace, rank: int) -> str:
-    """Rank 1 stays away from one call: rank 0 ends at its deadline naming it; reset() mends both."""
-    case = make_case(9, SMALL, 2, [30, 30], "uniform", "cuda")
+    """The last rank stays away from one call: the others end at their deadline naming it; reset() mends all."""
+    absent = NUM_RANKS - 1
+    case = make_case(9, SMALL, NUM_RANKS, 30, "uniform", "cuda")
     with Workspace(SMALL, EPConfig(30, arrive_deadline_s=1.0, step_deadline_s=1.0)) as short:
         with MoELayer(SMALL, short) as layer:
             load(layer, case, rank)
@@ -171,19 +178,22 @@ def absent_rank(workspace: Workspace, rank: int) -> str:
             settle(layer)
             dist.barrier()
             out, begin = torch.zeros(30, SMALL.hidden, dtype=torch.bfloat16, device="cuda"), time.monotonic()
-            if rank == 0:
+            if rank != absent:
                 call(layer, case, rank, out)
                 error = caught(layer)
                 seconds = time.monotonic() - begin
                 record = error.record
-                assert (record.rank, record.role, record.step, record.index) == (0, "plan", "dispatch", 1), str(error)
-                assert "no routing table from rank 1" in str(error) and seconds < 3.0, (str(error), seconds)
+                if "was ended by rank" not in str(error):  # the deadlines of several ranks pass at the same time
+                    said = (record.rank, record.role, record.step, record.index)
+                    assert said == (rank, "plan", "dispatch", absent), str(error)
+                    assert f"no routing table from rank {absent}" in str(error), str(error)
+                assert seconds < 3.0, (str(error), seconds)
             dist.barrier()
-            if rank == 1:  # too late: it learns who gave up, and waits for nobody
+            if rank == absent:  # too late: it learns who gave up, and waits for nobody
                 call(layer, case, rank, out)
                 error = caught(layer)
                 seconds = time.monotonic() - begin
-                assert "was ended by rank 0" in str(error), str(error)
+                assert "was ended by rank" in str(error), str(error)
             assert bool(out.isnan().all()), "a lost call left numbers in its output"
             try:
                 call(layer, case, rank, out)
@@ -215,7 +225,7 @@ def caught(layer: MoELayer) -> MegaMoEError:
 
 def live_rebalance(workspace: Workspace, rank: int) -> str:
     """Weights travel over NVLink between replays of a graph, ranks in uneven pace: the bits stay."""
-    case, done = make_case(5, LARGE, 2, [60, 33], "zipf", "cuda"), 0
+    case, done = make_case(5, LARGE, NUM_RANKS, counts(60, 33), "zipf", "cuda"), 0
     ep_config = EPConfig(64, num_redundant_slots_per_rank=4, num_staged_experts=2)
     with Workspace(LARGE, ep_config) as roomy, MoELayer(LARGE, roomy) as layer:
         load(layer, case, rank)
@@ -228,7 +238,8 @@ def live_rebalance(workspace: Workspace, rank: int) -> str:
             call(layer, case, rank, out)
         wrong = torch.zeros((), dtype=torch.int64, device="cuda")
         for seed, choice in enumerate(("balanced", "min_active", "static", "balanced")):
-            plan = plan_experts(popularity("lognormal", 1, 16, seed), num_ranks=2, num_redundant_experts=8)
+            load_of_step = popularity("lognormal", 1, 16, seed)
+            plan = plan_experts(load_of_step, num_ranks=NUM_RANKS, num_redundant_experts=4 * NUM_RANKS)
             rebalance, finished = layer.rebalance(plan, choice=choice), False
             while not finished:
                 finished = rebalance.step()
