@@ -20,7 +20,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 from megamoe import EPConfig, MoEConfig, MoELayer, Workspace  # noqa: E402
-from megamoe.builds import kernel_build  # noqa: E402
+from megamoe.builds import kernel_build, kernel_key  # noqa: E402
 from megamoe.plan import tiles  # noqa: E402
 from megamoe.testing.data import make_input, make_weights  # noqa: E402
 from megamoe_cuda.compile import compile_kernel  # noqa: E402
@@ -35,12 +35,12 @@ def every_call_takes(block: int):
 
 def time_tile(layer: MoELayer, block: int, inputs: list, out: torch.Tensor) -> float:
     """Microseconds a call with tiles of `block` tokens: a CUDA graph of one call a routing, median of nine replays."""
-    weight_format, kernels = layer.config.weight_format, layer.workspace.fused.kernels
-    if (weight_format, block) not in kernels:
-        build = kernel_build(block, weight_format)
+    key, kernels = kernel_key(layer.config, block), layer.workspace.fused.kernels
+    if key not in kernels:
+        build = kernel_build(block, layer.config.weight_format)
         cubin = compile_kernel(build.source, build.entry, build.defines).cubin
         shared_bytes = read_symbol_u32(cubin, "mega_moe_shared_bytes")
-        kernels[weight_format, block] = LoadedKernel(cubin, build.entry, shared_bytes)
+        kernels[key] = LoadedKernel(cubin, build.entry, shared_bytes)
 
     def call_all() -> None:
         for at in inputs:

@@ -7,6 +7,7 @@
 //   warps 12-15   exchange  pipeline/1_dispatch.cuh, 1_permute.cuh (tokens on M), then 5_combine.cuh
 //
 // Built once per tile size and weight format: -DBLOCK_TOKENS=8|16|32|64|128, -DWEIGHT_FORMAT=kMxfp4 (config.cuh).
+// -DEXTRAS (extras.cuh), -DPLANS (pipeline/1_dispatch.cuh): for layers that ask for it.
 #include "config.cuh"
 #include "debug/trace.cuh"
 #include "gemm/gather_tokens.cuh"

@@ -162,6 +162,14 @@ static_assert(MOE_OFFSETOF(RankParams, num_tokens) == 112);
 static_assert(MOE_OFFSETOF(RankParams, ep_rank) == 116);
 static_assert(sizeof(RankParams) == 120);
 
+struct RankBiases {
+    u64 linear1;
+    u64 linear2;
+};
+static_assert(MOE_OFFSETOF(RankBiases, linear1) == 0);
+static_assert(MOE_OFFSETOF(RankBiases, linear2) == 8);
+static_assert(sizeof(RankBiases) == 16);
+
 struct KernelParams {
     u64 arena[32];
     RankParams ranks[8];
@@ -210,6 +218,9 @@ struct KernelParams {
     u32 idx_is_int64;
     u32 weights_are_bf16;
     f32 swiglu_limit;
+    RankBiases biases[8];
+    f32 gate_exponent;
+    f32 up_shift;
 };
 static_assert(MOE_OFFSETOF(KernelParams, arena) == 0);
 static_assert(MOE_OFFSETOF(KernelParams, ranks) == 256);
@@ -258,7 +269,10 @@ static_assert(MOE_OFFSETOF(KernelParams, x_is_fp8) == 1496);
 static_assert(MOE_OFFSETOF(KernelParams, idx_is_int64) == 1500);
 static_assert(MOE_OFFSETOF(KernelParams, weights_are_bf16) == 1504);
 static_assert(MOE_OFFSETOF(KernelParams, swiglu_limit) == 1508);
-static_assert(sizeof(KernelParams) == 1512);
+static_assert(MOE_OFFSETOF(KernelParams, biases) == 1512);
+static_assert(MOE_OFFSETOF(KernelParams, gate_exponent) == 1640);
+static_assert(MOE_OFFSETOF(KernelParams, up_shift) == 1644);
+static_assert(sizeof(KernelParams) == 1648);
 
 struct KernelStatus {
     u32 code;

@@ -19,12 +19,26 @@ class KernelBuild(NamedTuple):
     defines: dict[str, int | str]
 
 
-def kernel_build(block_tokens: int, weight_format: str = "fp8", plans: bool = False) -> KernelBuild:
+def needs_extras(config) -> bool:
+    """A layer of `config` asks for what only builds with -DEXTRAS do (csrc/extras.cuh)."""
+    return config.activation != "swiglu" or config.bias
+
+
+def kernel_key(config, block_tokens: int) -> tuple[str, int, bool]:
+    """(weight format, tokens of a tile, extras): which kernel serves a layer of `config` with such tiles."""
+    return config.weight_format, block_tokens, needs_extras(config)
+
+
+def kernel_build(
+    block_tokens: int, weight_format: str = "fp8", extras: bool = False, *, plans: bool = False
+) -> KernelBuild:
     """The fused kernel for tiles of `block_tokens` rows, one of TILES[weight_format]; with MEGAMOE_DEBUG set, its debug
-    build. plans: for workspaces that may be given an expert plan."""
+    build. extras: for layers that need them; plans: for workspaces that may be given an expert plan."""
     defines, name = {"BLOCK_TOKENS": block_tokens}, f"mega_moe, {block_tokens} tokens"
     if weight_format == "mxfp4":
         defines, name = defines | {"WEIGHT_FORMAT": "kMxfp4"}, f"mega_moe mxfp4, {block_tokens} tokens"
+    if extras:
+        defines, name = defines | {"EXTRAS": 1}, f"{name}, extras"
     if plans:
         defines, name = defines | {"PLANS": 1}, f"{name}, with plans"
     if debug_level():
@@ -32,5 +46,5 @@ def kernel_build(block_tokens: int, weight_format: str = "fp8", plans: bool = Fa
     return KernelBuild(name, "mega_moe.cu", "mega_moe", defines)
 
 
-def kernel_builds(plans: bool = False) -> tuple[KernelBuild, ...]:
-    return tuple(kernel_build(block, weight_format, plans) for weight_format, tiles in TILES.items() for block in tiles)
+def kernel_builds(extras: bool = False) -> tuple[KernelBuild, ...]:
+    return tuple(kernel_build(block, form, extras) for form, tiles in TILES.items() for block in tiles)

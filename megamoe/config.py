@@ -49,8 +49,8 @@ class MoEConfig:
         factor for each 32 along K, activations as in "fp8"), or "bf16" (no quantizers; CPU only; also serves fp32
         models).
     swiglu_limit: None, or the clamp of the SwiGLU inputs: gate <= limit, |up| <= limit.
-    activation: "swiglu", or "swiglu_oai", gpt-oss's variant: steps.swiglu has both formulas. CPU only.
-    bias: whether both linears add one: steps.ExpertWeights has shapes and dtypes. CPU only.
+    activation: "swiglu", or "swiglu_oai", gpt-oss's variant: steps.swiglu has both formulas.
+    bias: whether both linears add one: steps.ExpertWeights has shapes and dtypes.
     ValueError or TypeError names the field, its value and the nearest legal ones.
     """
 

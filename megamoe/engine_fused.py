@@ -11,14 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe import canaries, layout
-from megamoe.builds import kernel_build
+from megamoe.builds import kernel_build, kernel_key, needs_extras
 from megamoe.config import MoEConfig
 from megamoe.errors import ErrorRecord, MegaMoEError
+from megamoe.launch_error import launch_error
 from megamoe.plan import tiles
 from megamoe.quant import mxfp4_images
 from megamoe.quant import weights as fp8_images
 from megamoe.replicas import DeviceReplicas
-from megamoe.steps import ExpertWeights, RankInput
+from megamoe.steps import OAI_ALPHA, ExpertWeights, RankInput
 from megamoe_cuda.compile import CompiledKernel, compile_kernel, debug_level
 from megamoe_cuda.device import device_info
 from megamoe_cuda.gather import busy, gather
@@ -52,9 +53,9 @@ def together(group, deadline_s: float):
             raise MegaMoEError(f"rank {rank} could not prepare its workspace: {theirs}", record)
 
 
-def builds_of(configs, ep_size: int, capacity: int) -> list[tuple[str, int]]:
-    """(weight format, tokens of a tile) of every kernel that calls of up to `capacity` tokens a rank can choose."""
-    return sorted({(c.weight_format, block) for c in configs for block in tiles.reachable_tiles(c, ep_size, capacity)})
+def builds_of(configs, ep_size: int, capacity: int) -> list[tuple[str, int, bool]]:
+    """kernel_key of every kernel that calls of up to `capacity` tokens a rank can choose."""
+    return sorted({kernel_key(c, block) for c in configs for block in tiles.reachable_tiles(c, ep_size, capacity)})
 
 
 class FusedWorkspace:
@@ -102,15 +103,15 @@ class FusedWorkspace:
             self.status = HostStatus(self.num_ranks * ctypes.sizeof(layout.KernelStatus))
         return arena_bytes
 
-    def _load_kernels(self, configs) -> dict[tuple[str, int], LoadedKernel]:
+    def _load_kernels(self, configs) -> dict[tuple[str, int, bool], LoadedKernel]:
         wanted = builds_of(configs, self.ep_size, self.ep_config.num_max_tokens_per_rank)
         with ThreadPoolExecutor(max_workers=4) as pool:  # into the compiler's memory; loading is not for threads
             list(pool.map(lambda key: _compiled(*key, self.ep_config.takes_plans), wanted))
         return {key: self.load_kernel(*key) for key in wanted}
 
-    def load_kernel(self, weight_format: str, block: int, **defines: int) -> LoadedKernel:
-        """The kernel for tiles of `block` tokens, with further defines a test or trace build of it."""
-        kernel = _compiled(weight_format, block, self.ep_config.takes_plans, **defines)
+    def load_kernel(self, weight_format: str, block: int, extras: bool, **defines: int) -> LoadedKernel:
+        """The kernel of that kernel_key, with further defines a test or trace build of it."""
+        kernel = _compiled(weight_format, block, extras, self.ep_config.takes_plans, **defines)
         shared_bytes = read_symbol_u32(kernel.cubin, "mega_moe_shared_bytes")
         loaded = LoadedKernel(kernel.cubin, kernel.entry, shared_bytes)
         if self.debug:
@@ -166,25 +167,7 @@ class FusedWorkspace:
         found = [r for r in records if r.code]
         if not found:
             return
-        r = next((r for r in found if layout.CODES[r.code] != "aborted_by_peer"), found[0])
-        code = layout.CODES[r.code]
-        record = ErrorRecord(r.rank, r.cta, layout.ROLES[r.role], layout.STEPS[r.step], r.index, r.have, r.want)
-        if code == "aborted_by_peer":
-            raise MegaMoEError(f"launch {r.epoch} was ended by rank {r.origin}, whose own error says why", record)
-        if code == "expert_out_of_range":
-            # With plans, bit 30 marks an id that the sender could not map to a slot (kUnmappedIdBit)
-            marked = 1 << 30 if self.ep_config.takes_plans else 0
-            signed = r.have - (1 << 32) if r.have >> 31 else r.have & ~marked
-            src_rank, token = divmod(r.index, layout.MAX_TOKENS)
-            raise MegaMoEError(
-                f"topk_idx of token {token} of rank {src_rank} names expert {signed}; "
-                f"legal are -1 and 0 to {r.want - 1}",
-                record._replace(index=token, have=signed),
-            )
-        if code == "out_of_bounds":
-            region = f"region {layout.REGIONS[r.index].name} of {r.want} bytes"
-            raise MegaMoEError(f"launch {r.epoch}: an access at byte {r.have} of {region}", record)
-        raise MegaMoEError(f"launch {r.epoch}: {_story(record)}", record)
+        raise launch_error(found, self.ep_config.takes_plans)
 
     def _check_canaries(self) -> None:
         for where, memories in (("symmetric", self.memory.local), ("local", self.local)):
@@ -216,8 +199,8 @@ class FusedWorkspace:
         self.kernels, self.local = {}, []
 
 
-def _compiled(weight_format: str, block: int, plans: bool, **defines: int) -> CompiledKernel:
-    build = kernel_build(block, weight_format, plans)
+def _compiled(weight_format: str, block: int, extras: bool, plans: bool, **defines: int) -> CompiledKernel:
+    build = kernel_build(block, weight_format, extras, plans=plans)
     return compile_kernel(build.source, build.entry, build.defines | defines)
 
 
@@ -233,36 +216,29 @@ def _check_blocks(configs, ep_size: int, ep_config) -> None:
             )
 
 
-def _story(r: ErrorRecord) -> str:
-    waited_for = {
-        ("plan", "dispatch"): f"no routing table from rank {r.index}: it did not launch this call, or is gone",
-        ("plan", "plan"): f"the CTAs of this rank did not meet while counting rows (meeting {r.index})",
-        ("tokens", "dispatch"): f"token rows from rank {r.index} did not arrive",
-        ("tokens", "swiglu"): f"the SwiGLU output of token block {r.index} was not written",
-        ("tokens", "plan"): f"the rows of token block {r.index} were not brought into expert order",
-        ("exchange", "dispatch"): f"token rows from rank {r.index} did not arrive",
-        ("exchange", "combine"): f"the expert rows of token {r.index} did not come back",
-    }
-    return waited_for.get((r.role, r.step), "a wait inside the kernel passed its deadline")
-
-
 class FusedEngine:
-    """Holds one layer's weight images and its prepared parameters. For one thread at a time, like the layer."""
+    """Holds one layer's weight images, its biases and its prepared parameters. For one thread at a time, like the
+    layer."""
 
     wait_s = None  # the device waits, not the host
 
     def __init__(self, config: MoEConfig, workspace):
         self.config, self.shared = config, workspace.fused
-        self.images: list[tuple[Tensor, Tensor]] = []
+        self.extras = needs_extras(config)
+        self.images: list[tuple[Tensor, ...]] = []  # linear1, linear2, then the bytes of their biases if there are any
         shared = self.shared
         sizes = (shared.ep_config.num_slots(config, shared.ep_size), config.hidden, config.intermediate)
         self.packing = IMAGES[config.weight_format]
-        self.shapes = self.packing.image_shape(1, *sizes), self.packing.image_shape(2, *sizes)
+        self.shapes = [self.packing.image_shape(1, *sizes), self.packing.image_shape(2, *sizes)]
+        if config.bias:
+            self.shapes += [(sizes[0], 4 * 2 * config.intermediate), (sizes[0], 4 * config.hidden)]
         self.params = shared.base_params()
         p = self.params
         p.hidden, p.intermediate, p.topk = config.hidden, config.intermediate, config.topk
         p.num_local_experts = sizes[0]
         p.swiglu_limit = math.inf if config.swiglu_limit is None else config.swiglu_limit
+        slope, p.up_shift = (OAI_ALPHA, 1.0) if config.activation == "swiglu_oai" else (1.0, 0.0)
+        p.gate_exponent = -slope * math.log2(math.e)
         self.ep_size, self.slots = shared.ep_size, sizes[0]
         # Without slots or staging memory for plans ids are slots, and the kernel does nothing for them
         self.replicas: DeviceReplicas | None = None
@@ -279,14 +255,21 @@ class FusedEngine:
                 tuple(torch.empty(s, dtype=torch.uint8, device=self.shared.device) for s in self.shapes)
                 for _ in weights
             ]
-            for rank, (linear1, linear2) in zip(self.params.ranks, self.images, strict=False):
-                rank.linear1, rank.linear2 = linear1.data_ptr(), linear2.data_ptr()
-        for (linear1, linear2), w in zip(self.images, weights, strict=True):
+            self._point_at_images()
+        for (linear1, linear2, *biases), w in zip(self.images, weights, strict=True):
             for e in range(len(w.linear1)):
                 self.packing.pack_expert(1, w.linear1[e], w.linear1_sf[e], linear1[e])
                 self.packing.pack_expert(2, w.linear2[e], w.linear2_sf[e], linear2[e])
+            for kept, given in zip(biases, (w.linear1_bias, w.linear2_bias), strict=False):
+                kept.view(torch.float32)[: len(given)] = given
         if self.replicas is not None and self.replicas.placement_version > 1:
             self.replicas.reset()
+
+    def _point_at_images(self) -> None:
+        for rank, biases, images in zip(self.params.ranks, self.params.biases, self.images, strict=False):
+            rank.linear1, rank.linear2 = (image.data_ptr() for image in images[:2])
+            if self.config.bias:
+                biases.linear1, biases.linear2 = (bias.data_ptr() for bias in images[2:])
 
     @property
     def placement(self):
@@ -330,14 +313,14 @@ class FusedEngine:
         return self.replicas
 
     def expert_tensors(self) -> list[list[Tensor]]:
-        """Per rank its images, tensors with slots along the first dimension."""
+        """Per rank its images and biases, tensors with slots along the first dimension."""
         return [list(rank) for rank in self.images]
 
     def share_weights(self, other: "FusedEngine") -> None:
         """Use what `other` has loaded, now and later, where it is placed; rows served are counted for each."""
         self.images = other.images
+        self._point_at_images()
         for mine, theirs in zip(self.params.ranks, other.params.ranks, strict=True):
-            mine.linear1, mine.linear2 = theirs.linear1, theirs.linear2
             mine.replica_map = theirs.replica_map
 
     def forward(self, inputs: list[RankInput], num_tokens_bound: int, outs: list[Tensor | None]) -> list[Tensor]:
@@ -367,7 +350,7 @@ class FusedEngine:
         p.combine_chunks = -(-hidden // p.combine_columns)
         with torch.cuda.device(shared.device):
             stream = torch.cuda.current_stream().cuda_stream
-            kernel = shared.kernels[self.config.weight_format, block]
+            kernel = shared.kernels[self.config.weight_format, block, self.extras]
             kernel.launch(stream, shared.ctas_per_rank * shared.num_ranks, layout.NUM_THREADS, p)
         return outs
 

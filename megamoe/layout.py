@@ -209,8 +209,18 @@ class RankParams(ctypes.Structure):
     )
 
 
+class RankBiases(ctypes.Structure):
+    """The biases of one rank's expert slots; both 0 in layers without."""
+
+    _fields_ = (
+        ("linear1", ctypes.c_uint64),  # fp32 [slots, 2 * intermediate], gate, then up
+        ("linear2", ctypes.c_uint64),  # fp32 [slots, hidden]
+    )
+
+
 class KernelParams(ctypes.Structure):
-    """The kernel's only parameter, passed by value."""
+    """The kernel's only parameter, passed by value. What only builds with -DEXTRAS read comes last: the others' code
+    holds the offsets of the rest."""
 
     _fields_ = (
         ("arena", ctypes.c_uint64 * MAX_EP_SIZE),  # every rank's symmetric arena, as addressed from here
@@ -238,6 +248,9 @@ class KernelParams(ctypes.Structure):
         ("idx_is_int64", ctypes.c_uint32),
         ("weights_are_bf16", ctypes.c_uint32),
         ("swiglu_limit", ctypes.c_float),  # +inf: no clamp
+        ("biases", RankBiases * MAX_VIRTUAL_RANKS),
+        ("gate_exponent", ctypes.c_float),  # sigmoid(slope * gate) = 1 / (1 + 2^(gate_exponent * gate))
+        ("up_shift", ctypes.c_float),  # added to up
     )
 
 
@@ -291,9 +304,10 @@ def image_blocks(linear: int, hidden: int, intermediate: int) -> tuple[int, int]
 
 
 def expert_bytes(config) -> int:
-    """Bytes of one expert's weight images."""
+    """Bytes of one expert's weight images and biases."""
     pitch = MXFP4_IMAGE_PITCH_BYTES if config.weight_format == "mxfp4" else IMAGE_PITCH_BYTES
-    return sum(math.prod(image_blocks(i, config.hidden, config.intermediate)) for i in (1, 2)) * pitch
+    images = sum(math.prod(image_blocks(i, config.hidden, config.intermediate)) for i in (1, 2)) * pitch
+    return images + 4 * (2 * config.intermediate + config.hidden if config.bias else 0)
 
 
 def dims_of(moe_configs: Sequence, ep_config, ep_size: int, num_ctas: int = 132) -> Dims:
@@ -377,6 +391,6 @@ def render_header() -> str:
     enums = (("Role", ROLES), ("Step", STEPS), ("Code", CODES), ("Trace", TRACE_ROLES), ("Event", TRACE_EVENTS),
              ("Choice", CHOICES), ("Fault", FAULT_POINTS), ("Region", [region.name for region in REGIONS]))  # fmt: skip
     out += [_render_enum(name, words) for name, words in enums]
-    out += [_render_struct(s) for s in (RankParams, KernelParams, KernelStatus)]
+    out += [_render_struct(s) for s in (RankParams, RankBiases, KernelParams, KernelStatus)]
     out.append("}  // namespace moe\n")
     return "\n".join(out)

@@ -69,7 +69,7 @@ class DeviceReplicas:
         self.placement = placement
         self.placement_version += 1
 
-    def stage(self, moves: list[Move], images: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def stage(self, moves: list[Move], images: list[tuple[torch.Tensor, ...]]) -> None:
         """Push this process's experts into the receivers' staging memory, in the other bank than last time.
 
         Two banks: a peer may not have emptied the one of the step before, but the call since then, in which it took
@@ -82,20 +82,20 @@ class DeviceReplicas:
             if not first <= move.src_rank < first + self.shared.num_ranks:
                 continue
             target = self.shared.memory.base_ptrs[move.dst_rank] + place
-            for linear in images[move.src_rank - first]:
-                image = linear[move.src_slot]
+            for tensor in images[move.src_rank - first]:
+                image = tensor[move.src_slot]
                 copy_async(target, image.data_ptr(), image.nbytes, stream)
                 target += image.nbytes
 
-    def apply(self, moves: list[Move], images: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def apply(self, moves: list[Move], images: list[tuple[torch.Tensor, ...]]) -> None:
         """Copy what was staged for this process's ranks into its slots."""
         first = self.shared.first_rank
         for move, place in self._places(moves):
             if not first <= move.dst_rank < first + self.shared.num_ranks:
                 continue
             staged = self.shared.memory.local[move.dst_rank - first][place:]
-            for linear in images[move.dst_rank - first]:
-                image = linear[move.dst_slot].view(-1)
+            for tensor in images[move.dst_rank - first]:
+                image = tensor[move.dst_slot].view(-1)
                 image.copy_(staged[: len(image)])
                 staged = staged[len(image) :]
 

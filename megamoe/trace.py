@@ -228,6 +228,7 @@ def trace_call(config, num_tokens: int, virtual_ranks: int, prequantized: bool) 
     import torch
 
     from megamoe import EPConfig, MoELayer, Workspace
+    from megamoe.builds import kernel_key
     from megamoe.plan.tiles import choose_block_tokens
     from megamoe.testing.data import make_input, make_weights
 
@@ -256,11 +257,11 @@ def trace_call(config, num_tokens: int, virtual_ranks: int, prequantized: bool) 
         untraced_us = begin.elapsed_time(end) * 1000 / TIMED_CALLS
 
         fused, num_ctas = workspace.fused, workspace.fused.ctas_per_rank
-        shipped = fused.kernels[config.weight_format, block]
-        traced = fused.load_kernel(config.weight_format, block, TRACE=1)
+        key = kernel_key(config, block)
+        shipped, traced = fused.kernels[key], fused.load_kernel(*key, TRACE=1)
         shape = num_ctas, len(TRACE_ROLES), TRACE_RECORDS, 2
         buffers = [torch.zeros(shape, dtype=torch.int64, device="cuda") for _ in ranks]
-        fused.kernels[config.weight_format, block] = traced
+        fused.kernels[key] = traced
         try:
             call(WARM_UP_CALLS)  # without a buffer nothing is noted
             for rank, buffer in enumerate(buffers):
@@ -270,7 +271,7 @@ def trace_call(config, num_tokens: int, virtual_ranks: int, prequantized: bool) 
             layer.check()
         finally:
             torch.cuda.synchronize()
-            fused.kernels[config.weight_format, block] = shipped
+            fused.kernels[key] = shipped
             traced.close()
         lists = [decode(buffer.flatten().tolist(), num_ctas) for buffer in buffers]
     words = (f"{config.hidden}/{config.intermediate}, {config.num_experts} experts, topk {config.topk}, {num_tokens} "

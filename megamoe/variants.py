@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from megamoe.builds import kernel_build
+from megamoe.builds import kernel_build, kernel_key
 from megamoe_cuda.compile import CompiledKernel, compile_kernel, read_sources
 
 Replacement = tuple[str, str, str]  # file under csrc, old text, new text
@@ -83,7 +83,7 @@ def time_variants(kernels: dict[str, CompiledKernel], given: argparse.Namespace)
             for name, kernel in kernels.items():
                 shared_bytes = read_symbol_u32(kernel.cubin, "mega_moe_shared_bytes")
                 loaded = LoadedKernel(kernel.cubin, kernel.entry, shared_bytes)
-                workspace.fused.kernels[config.weight_format, given.block_tokens] = loaded
+                workspace.fused.kernels[kernel_key(config, given.block_tokens)] = loaded
                 print(
                     f"{tokens:8d} tokens  {name:32} {median_us(call, 5 if tokens > 2000 else 20):9.1f} us", flush=True
                 )

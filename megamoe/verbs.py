@@ -98,7 +98,7 @@ def _builds_of(path: str, ep_size: int, capacity: int) -> list[KernelBuild]:
     if not report.ok:
         raise ValueError("; ".join(report.reasons))
     print(f"{path}: {config}", file=sys.stderr)
-    return [kernel_build(block, form) for form, block in builds_of([config], ep_size, capacity)]
+    return [kernel_build(block, form, extras) for form, block, extras in builds_of([config], ep_size, capacity)]
 
 
 def verify_main(argv: list[str]) -> int:

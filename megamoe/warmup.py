@@ -33,5 +33,5 @@ def compile_for(configs, ep_size: int, ep_config) -> list:
     from megamoe_cuda.compile import compile_kernel
 
     wanted = builds_of(configs, ep_size, ep_config.num_max_tokens_per_rank)
-    builds = [kernel_build(block, form, ep_config.takes_plans) for form, block in wanted]
+    builds = [kernel_build(block, form, extras, plans=ep_config.takes_plans) for form, block, extras in wanted]
     return [compile_kernel(build.source, build.entry, build.defines) for build in builds]

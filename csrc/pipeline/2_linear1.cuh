@@ -1,5 +1,6 @@
 // linear1 and linear2 as the math warpgroups see them: tile after tile, K loop, epilogue, hand-over to the store warp.
 #pragma once
+#include "gemm/bias.cuh"
 #include "gemm/mainloop.cuh"
 #include "gemm/mxfp4.cuh"
 #include "pipeline/3_swiglu.cuh"
@@ -8,8 +9,8 @@
 namespace moe {
 
 #ifdef DUMP_LINEAR1
-// Test builds only: the fp32 sums of linear1 as [row of the list, rounded up per expert][2 * intermediate], gate then
-// up.
+// Test builds only: the fp32 sums of linear1 and its bias as [row of the list, rounded up per expert]
+// [2 * intermediate], gate then up.
 template <class C>
 MOE_DEVICE void dump_linear1(const Launch& l, const Accumulator<C>& acc, const TileSlot& t) {
     if (t.kind != kTile_linear1 || l.me.linear1_dump == 0) return;
@@ -47,6 +48,7 @@ MOE_DEVICE void compute_tiles(const Launch& l, SharedStorage<C>& s) {
         Accumulator<C> acc;
         if constexpr (C::kIsMxfp4) accumulate_mxfp4(l, s, acc, stage, t);
         else accumulate(l, s, acc, stage, t);
+        if constexpr (kExtras) add_bias(l, s, acc, t);
 #ifdef DUMP_LINEAR1
         dump_linear1(l, acc, t);
 #endif

@@ -1,18 +1,21 @@
-// swiglu: linear1's epilogue. h = silu(gate) * up * topk_weight, requantized to e4m3 per row and 128 columns, laid out
-// in the staging buffer as the stage image that linear2 will load: swizzled rows, then their scale factors. Partner:
-// store_h.
+// swiglu: linear1's epilogue. h = silu(gate) * up * topk_weight, or gpt-oss's variant, requantized to e4m3 per row and
+// 128 columns, laid out in the staging buffer as the stage image that linear2 will load: swizzled rows, then their
+// scale factors. Partner: store_h.
 #pragma once
+#include "extras.cuh"
 #include "gemm/mainloop.cuh"
 #include "ptx/convert.cuh"
 
 namespace moe {
 
-MOE_DEVICE f32 swiglu(f32 gate, f32 up, f32 limit, f32 weight) {
+MOE_DEVICE f32 swiglu(const Launch& l, f32 gate, f32 up, f32 weight) {
+    const f32 limit = l.p.swiglu_limit;
     if (gate > limit) gate = limit;  // comparisons, not fmin: NaN must stay NaN
     if (up > limit) up = limit;
     if (up < -limit) up = -limit;
-    return gate * ptx::reciprocal_approx(1.0f + ptx::exp2_approx(gate * -1.4426950408889634f)) * up *
-           weight;  // exp(-x) = 2^(-x log2 e)
+    if constexpr (kExtras) up += l.p.up_shift;
+    const f32 exponent = kExtras ? l.p.gate_exponent : -1.4426950408889634f;  // exp(-x) = 2^(-x log2 e)
+    return gate * ptx::reciprocal_approx(1.0f + ptx::exp2_approx(gate * exponent)) * up * weight;
 }
 
 // Where h column `column` of 128 lies in a row of the image: linear2's weights must lie in the same order of K.
@@ -37,7 +40,7 @@ MOE_DEVICE void quantize_weights_on_m(const Launch& l, SharedStorage<C>& s, Accu
             const f32 weight = weights[8 * j + 2 * q + c];
 #pragma unroll
             for (u32 part = 0; part < 2; ++part) {
-                const f32 h = swiglu(acc.sum[part][4 * j + c], acc.sum[part][4 * j + 2 + c], l.p.swiglu_limit, weight);
+                const f32 h = swiglu(l, acc.sum[part][4 * j + c], acc.sum[part][4 * j + 2 + c], weight);
                 acc.sum[part][4 * j + c] = h;
                 amax[c] = fmaxf(amax[c], fabsf(h));
             }
@@ -93,7 +96,7 @@ MOE_DEVICE void quantize_tokens_on_m(const Launch& l, SharedStorage<C>& s, Accum
 #pragma unroll
                 for (u32 c = 0; c < 2; ++c) {
                     const u32 i = 8 * j + 2 * upper + c;  // gate columns; up lies 4 registers on
-                    const f32 h = swiglu(acc.sum[half][i], acc.sum[half][i + 4], l.p.swiglu_limit, weight);
+                    const f32 h = swiglu(l, acc.sum[half][i], acc.sum[half][i + 4], weight);
                     acc.sum[half][i] = h;
                     amax = fmaxf(amax, fabsf(h));
                 }

@@ -38,7 +38,7 @@ def refusals(moe_config) -> list[str]:
     if activation != "silu":
         reasons.append(f"activation={activation!r}: only 'silu' (gate rows, then up rows) has an adapter")
     if getattr(moe_config, "has_bias", False):
-        reasons.append("has_bias=True: expert biases have no kernel yet")
+        reasons.append("has_bias=True: the adapter hands no expert biases on")
     if not getattr(moe_config, "is_act_and_mul", True):
         reasons.append("is_act_and_mul=False: experts without a gate")
     if getattr(moe_config, "is_lora_enabled", False):

@@ -84,7 +84,7 @@ def test_support_gives_reasons():
     gpt_oss = MoEConfig(**GOOD, activation="swiglu_oai", bias=True)
     assert support(gpt_oss, None, "cpu").ok
     told = " ".join(support(gpt_oss, None, "cuda").reasons)
-    assert "activation='swiglu_oai' has no kernel yet" in told and "bias=True has no kernel yet" in told
+    assert "activation" not in told and "bias" not in told
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="not run: this machine has a CUDA device")

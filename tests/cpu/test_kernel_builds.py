@@ -5,11 +5,13 @@ That a CTA's shared memory stays within 227 KiB is a static_assert (csrc/config.
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
-from megamoe import layout
-from megamoe.builds import DEBUG_SPILL_BYTES, KernelBuild, kernel_build, kernel_builds
+from megamoe import MoEConfig, layout
+from megamoe.builds import DEBUG_SPILL_BYTES, KernelBuild, kernel_build, kernel_builds, kernel_key
+from megamoe.engine_fused import builds_of
 from megamoe.plan.tiles import TILES
 from megamoe_cuda.compile import CompiledKernel, compile_kernel, read_sources
 from megamoe_cuda.errors import CompileError, MissingLibraryError, nvrtc
@@ -21,7 +23,11 @@ def compile_build(build: KernelBuild) -> CompiledKernel:
     return compile_kernel(build.source, build.entry, build.defines)
 
 
-EVERY = kernel_builds() + tuple(kernel_build(block, plans=True) for block in TILES["fp8"])
+EVERY = (
+    kernel_builds() + kernel_builds(extras=True)
+    + tuple(kernel_build(block, plans=True) for block in TILES["fp8"])
+    + tuple(kernel_build(block, extras=True, plans=True) for block in TILES["fp8"])
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,30 @@ def compiled() -> dict[str, CompiledKernel]:
 def test_one_build_for_each_weight_format_and_tile_size():
     tiles = [block for tiles in TILES.values() for block in tiles]
     assert [build.defines["BLOCK_TOKENS"] for build in kernel_builds()] == tiles
-    assert len({build.name for build in kernel_builds()}) == len(kernel_builds())
+    assert len({build.name for build in EVERY}) == len(EVERY) == 2 * len(tiles) + 2 * len(TILES["fp8"])
+
+
+def test_only_layers_that_ask_for_extras_get_them():
+    plain = MoEConfig(256, 128, 8, 2, swiglu_limit=7.0)
+    assert kernel_key(plain, 32) == ("fp8", 32, False)
+    for asked in ({"bias": True}, {"activation": "swiglu_oai"}):
+        config = replace(plain, weight_format="mxfp4", **asked)
+        assert kernel_key(config, 32) == ("mxfp4", 32, True)
+        assert {extras for _, _, extras in builds_of([plain, config], 2, 64)} == {False, True}
+    assert "EXTRAS" not in kernel_build(32).defines and kernel_build(32, extras=True).defines["EXTRAS"] == 1
+
+
+def test_extras_are_read_by_their_own_builds_only(compiled):
+    """Where the word enables nothing, a build with it is the default one; with it, another."""
+    sources, build = read_sources(), kernel_build(32)
+    text = sources["extras.cuh"]
+    assert text.count("#ifdef EXTRAS") == 1
+    sources["extras.cuh"] = text.replace("#ifdef EXTRAS", "#if 0")
+    bare = compile_kernel(build.source, build.entry, build.defines, sources=sources)
+    assert bare.cubin == compiled[build.name].cubin
+    extras = kernel_build(32, extras=True)
+    assert compile_kernel(extras.source, extras.entry, extras.defines, sources=sources).cubin == bare.cubin
+    assert compiled[extras.name].cubin != bare.cubin
 
 
 @pytest.mark.parametrize("build", EVERY, ids=lambda build: build.name)

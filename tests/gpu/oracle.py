@@ -1,6 +1,7 @@
 """The fused layer against the specification on one GPU: random cases, virtual ranks, poisoned outputs."""
 
 import random
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,10 @@ class Plan(NamedTuple):
     poison_token: bool
 
 
-def draw(seed: int, ep_sizes: tuple[int, ...] = (1, 2, 4, 8), weight_format: str = "fp8") -> Plan:
+def draw(
+    seed: int, ep_sizes: tuple[int, ...] = (1, 2, 4, 8), weight_format: str = "fp8", extras: bool = False
+) -> Plan:
+    """extras: also what only kernels with -DEXTRAS do."""
     r = random.Random(seed)
     ep_size = r.choice(ep_sizes)
     num_local_experts = r.choice((1, 2, 3, 8, 32))
@@ -44,6 +48,9 @@ def draw(seed: int, ep_sizes: tuple[int, ...] = (1, 2, 4, 8), weight_format: str
         swiglu_limit=r.choice((None, None, 0.5)),
         weight_format=weight_format,
     )
+    if extras:
+        wanted = r.choice((("swiglu_oai", True), ("swiglu_oai", False), ("swiglu", True)))
+        config = replace(config, activation=wanted[0], bias=wanted[1], swiglu_limit=r.choice((None, 0.5, 7.0)))
     num_tokens = tuple(r.choice(TOKENS) for _ in range(ep_size))
     capacity = max(max(num_tokens), 1) + r.choice((0, 0, 1, 50))
     bound = r.choice((None, max(num_tokens)))
@@ -89,10 +96,9 @@ def call(layer: MoELayer, case: Case, bound: int | None, outs: list | None) -> l
 
 
 def load(layer: MoELayer, case: Case) -> None:
-    w = case.weights
-    layer.load_weights(
-        [r.linear1 for r in w], [r.linear2 for r in w], [r.linear1_sf for r in w], [r.linear2_sf for r in w]
-    )
+    names = "linear1", "linear2", "linear1_sf", "linear2_sf", "linear1_bias", "linear2_bias"
+    tensors = {name: [getattr(rank, name) for rank in case.weights] for name in names}
+    layer.load_weights(**{name: value for name, value in tensors.items() if value[0] is not None})
 
 
 def spec(case: Case) -> list[torch.Tensor]:

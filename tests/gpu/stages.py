@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megamoe import EPConfig, MoEConfig, MoELayer, Workspace
+from megamoe.builds import kernel_key
 from megamoe.plan import tiles
 from megamoe.quant.fp8 import Quantized
 from megamoe.testing.data import Case
@@ -24,11 +25,12 @@ class Stages(NamedTuple):
 
 
 @contextlib.contextmanager
-def _only_kernel(workspace: Workspace, weight_format: str, block_tokens: int):
+def _only_kernel(workspace: Workspace, config: MoEConfig, block_tokens: int):
     """A build that writes linear1's sums takes the place of every kernel."""
     fused = workspace.fused
-    kernel = fused.load_kernel(weight_format, block_tokens, DUMP_LINEAR1=1)
-    before, fused.kernels = fused.kernels, {(weight_format, block_tokens): kernel}
+    key = kernel_key(config, block_tokens)
+    kernel = fused.load_kernel(*key, DUMP_LINEAR1=1)
+    before, fused.kernels = fused.kernels, {key: kernel}
     try:
         yield
         torch.cuda.synchronize()
@@ -85,7 +87,7 @@ def run(case: Case, num_rows: list[list[int]], block_tokens: int) -> Stages:
             layer._engine.params.ranks[rank].linear1_dump = dump.data_ptr()
             places.append((where, blocks))
             dumps.append(dump)
-        with _only_kernel(workspace, config.weight_format, block_tokens):
+        with _only_kernel(workspace, config, block_tokens):
             y = oracle.run_layer(layer, case)
         layer.check()
         linear1 = [dump[where] for dump, (where, _) in zip(dumps, places)]

@@ -23,6 +23,8 @@ CASES = {
     "odd hidden, clamp": (MoEConfig(896, 256, 6, 3, swiglu_limit=0.5), (90, 5), "holes", True),
     "smallest": (MoEConfig(128, 128, 2, 2), (40, 0), "duplicates", False),
     "wide": (MoEConfig(4096, 2048, 8, 2), (24, 24), "zipf", True),
+    "gpt-oss": (MoEConfig(640, 384, 6, 4, "fp8", 2.0, "swiglu_oai", bias=True), (70, 150), "zipf", False),
+    "biases": (MoEConfig(512, 256, 4, 2, bias=True), (33, 9), "holes", True),
 }
 
 
@@ -94,7 +96,7 @@ def test_the_output_is_linear2_and_combine_of_the_kernels_own_h(name, weight_for
     case, trace = expected(name, weight_format)
     got = kernel_stages(name, weight_format, block_tokens)
     rows = [t["rows"] for t in trace]
-    y = [steps.linear2(case.config, w, h, r.num_rows, dtype=torch.float64)
+    y = [steps.linear2(case.config, w, h, r.num_rows, topk_weight=r.topk_weight, dtype=torch.float64)
          for w, h, r in zip(case.weights, got.h, rows, strict=True)]  # fmt: skip
     spec = steps.combine(case.config, LocalExchange(case.ep_size), rows, y, case.inputs)
     for actual, wanted in zip(got.y, spec, strict=True):

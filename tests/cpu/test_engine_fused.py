@@ -1,0 +1,59 @@
+"""The CUDA engine's side of a launch, without one: what its parameters point at. The launch itself: tests/gpu."""
+
+import ctypes
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megamoe import EPConfig, MoEConfig, layout
+from megamoe.engine_fused import FusedEngine
+from megamoe.quant import mxfp4_images
+from megamoe.quant import weights as fp8_images
+from megamoe.steps import OAI_ALPHA
+from megamoe.testing.data import make_case
+
+RANKS = 2
+
+
+def make_engine(config: MoEConfig) -> FusedEngine:
+    shared = SimpleNamespace(ep_size=RANKS, ep_config=EPConfig(8, RANKS), device=torch.device("cpu"), num_ranks=RANKS,
+                             base_params=layout.KernelParams)  # fmt: skip
+    return FusedEngine(config, SimpleNamespace(fused=shared))
+
+
+def floats(pointer: int, *shape: int) -> torch.Tensor:
+    values = (ctypes.c_float * math.prod(shape)).from_address(pointer)
+    return torch.tensor(list(values)).view(shape)
+
+
+@pytest.mark.parametrize("weight_format, packing", [("fp8", fp8_images), ("mxfp4", mxfp4_images)])
+def test_biases_lie_where_the_parameters_say(weight_format, packing):
+    config = MoEConfig(256, 128, 6, 2, weight_format=weight_format, activation="swiglu_oai", bias=True)
+    engine, other = make_engine(config), make_engine(config)
+    first, second = (make_case(seed, config, RANKS, 3).weights for seed in (1, 2))
+    engine.load_weights(first)
+    other.share_weights(engine)
+    where = [(b.linear1, b.linear2) for b in engine.params.biases[:RANKS]]
+    assert len({pointer for pair in where for pointer in pair}) == 2 * RANKS
+    for weights in (first, second):  # in place the second time
+        engine.load_weights(weights)
+        for one in (engine, other):
+            assert [(b.linear1, b.linear2) for b in one.params.biases[:RANKS]] == where
+        for (bias1, bias2), rank, images, w in zip(where, engine.params.ranks, engine.images, weights, strict=False):
+            assert torch.equal(floats(bias1, 3, 256), w.linear1_bias) and bias1 % 16 == 0
+            assert torch.equal(floats(bias2, 3, 256), w.linear2_bias) and bias2 % 16 == 0
+            assert (rank.linear1, rank.linear2) == (images[0].data_ptr(), images[1].data_ptr())
+    assert sum(t[0].nbytes for t in engine.images[0]) == engine.expert_bytes
+    values, _ = packing.unpack_expert(2, engine.images[1][1][2], 256)
+    assert torch.equal(values.view(torch.uint8), second[1].linear2[2].view(torch.uint8))
+
+
+def test_the_gating_is_two_numbers():
+    """h = gate / (1 + 2^(gate_exponent * gate)) * (up + up_shift), csrc/pipeline/3_swiglu.cuh."""
+    for activation, slope, shift in (("swiglu", 1.0, 0.0), ("swiglu_oai", OAI_ALPHA, 1.0)):
+        params = make_engine(MoEConfig(256, 128, 6, 2, activation=activation)).params
+        assert params.up_shift == shift
+        assert math.isclose(2 ** (params.gate_exponent * -3.0), math.exp(3.0 * slope), rel_tol=1e-6)
+        assert params.biases[0].linear1 == params.biases[0].linear2 == 0
