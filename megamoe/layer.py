@@ -194,13 +194,13 @@ class MoELayer(nn.Module):
         """
         if torch.compiler.is_compiling() and self.workspace.ep_config.virtual_ranks is None:
             return torch_op.call(self, hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out)
-        if torch.is_grad_enabled():  # in a model that serves it is off, and once more would cost 2 us
-            with torch.no_grad():
-                return self.forward(
-                    hidden_states, topk_idx, topk_weights, num_tokens=num_tokens, num_tokens_bound=num_tokens_bound,
-                    out=out,
-                )  # fmt: skip
-        # From here on each line is host time of every call: tests/cpu/test_host_cost.py counts them
+        if not torch.is_grad_enabled():  # the usual case; switching it off again costs 2 us
+            return self._forward(hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out)
+        with torch.no_grad():
+            return self._forward(hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out)
+
+    def _forward(self, hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out):
+        # Each line is host time of every call: tests/cpu/test_host_cost.py counts them
         workspace, check = self.workspace, self._check_call
         workspace.check_open()
         if not self._loaded:
