@@ -360,7 +360,7 @@ class FusedEngine:
         self.shared.check()
 
     def close(self) -> None:
-        self.images = []
+        self.images, self.launches = [], {}
 
 
 def _check_equal_dtypes(inputs: list[RankInput]) -> None:
