@@ -15,9 +15,10 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from benchmarks.bench import make_setup
-from benchmarks.cases import load_cases
+from benchmarks.bench import make_setup, run_script
+from benchmarks.cases import load_cases, parse_cases
 from benchmarks.inputs import make_tokens, make_weights
 from benchmarks.record import machine
 from benchmarks.run import config_of
@@ -27,6 +28,7 @@ from megamoe.layout import CHOICES
 from megamoe.plan import balancedness
 
 REBALANCE_STEPS = 24
+HOST_CYCLES = 10_000_000  # about 5 ms, in which the host enqueues a step and a call
 
 
 class Bench:
@@ -70,8 +72,10 @@ class Bench:
             number, finished = number + 1, False
             while not finished:
                 meet.barrier()
+                for out in self.outs[0]:
+                    out.fill_(float("nan"))
                 if device.type == "cuda":
-                    torch.cuda._sleep(2_000_000)
+                    torch.cuda._sleep(HOST_CYCLES)
                     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                     begin.record()
                     finished = under_way.step()
@@ -105,7 +109,7 @@ def main(argv=None) -> int:
     given = parser.parse_args(argv)
     given.idle_ranks = 0
     setup = make_setup(given)
-    case = load_cases()[given.case]
+    (case,) = parse_cases(given.case, load_cases())
     weights = [make_weights(case, setup.experts_of(case, rank), setup.seed, setup.device) for rank in setup.ranks_here]
     rows, failed = [], False
     for num_tokens in map(int, given.tokens.split(",")):
@@ -143,6 +147,9 @@ def main(argv=None) -> int:
                             for name, value in row.items()), flush=True)  # fmt: skip
     if given.json and setup.is_first:
         given.json.write_text(json.dumps({"machine": machine(setup.device, setup.num_gpus, None), "rows": rows}))
+    if dist.is_initialized():
+        setup.meet.barrier()
+        dist.destroy_process_group()
     return 1 if failed else 0
 
 
@@ -156,4 +163,4 @@ def _load(setup, case, num_tokens, routing, index):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_script(main)
