@@ -11,6 +11,7 @@ bit for bit with the layer's without a plan: exit status 1 if one differs. "room
 import argparse
 import json
 import statistics
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -102,6 +103,7 @@ def main(argv=None) -> int:
     add("--redundant", type=int, default=8, help="redundant experts over all ranks (default 8)")
     add("--max-experts", type=int, default=1, help="moved to a rank in a step of the rebalance (default 1)")
     add("--routing", default="zipf")
+    add("--weight-format", default="fp8", choices=("fp8", "mxfp4"))
     add("--virtual-ranks", type=int)
     add("--device", default="auto")
     add("--seed", type=int, default=0)
@@ -110,6 +112,7 @@ def main(argv=None) -> int:
     given.idle_ranks = 0
     setup = make_setup(given)
     (case,) = parse_cases(given.case, load_cases())
+    case = replace(case, weight_format=given.weight_format)
     weights = [make_weights(case, setup.experts_of(case, rank), setup.seed, setup.device) for rank in setup.ranks_here]
     rows, failed = [], False
     for num_tokens in map(int, given.tokens.split(",")):
@@ -118,7 +121,8 @@ def main(argv=None) -> int:
                      for rank in setup.ranks_here] for i in range(count)]  # fmt: skip
         loads = [_load(setup, case, num_tokens, given.routing, 100 + i) for i in range(2)]
         plans = [plan_experts(load, num_ranks=setup.ep_size, num_redundant_experts=given.redundant) for load in loads]
-        row = {"case": case.name, "tokens": num_tokens, "ranks": setup.ep_size, "redundant": given.redundant}
+        row = {"case": case.name, "format": case.weight_format, "tokens": num_tokens, "ranks": setup.ep_size,
+               "redundant": given.redundant}  # fmt: skip
         row["planned_balancedness"] = float(plans[0].balancedness[0])
         row["balancedness_without"] = float(balancedness(loads[0].reshape(setup.ep_size, -1).sum(1)))
         ep_config = EPConfig(num_tokens, setup.virtual_ranks)

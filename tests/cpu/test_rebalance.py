@@ -60,6 +60,18 @@ def test_bf16_layers_take_plans_too():
     torch.testing.assert_close(run(layer, case), expected)
 
 
+def test_mxfp4_codes_and_scales_move_with_their_experts():
+    layer, case = make_layer(MoEConfig(256, 128, 12, 3, weight_format="mxfp4"))
+    expected = run(layer, case)
+    layer.load_plan(make_plan())
+    assert torch.equal(run(layer, case), expected)
+    rebalance = layer.rebalance(make_plan("lognormal"), max_bytes=layer._engine.expert_bytes)
+    assert rebalance.moved_bytes > 0
+    while not rebalance.step():
+        assert torch.equal(run(layer, case), expected)
+    assert torch.equal(run(layer, case), expected)
+
+
 @pytest.mark.parametrize("spare", [0, 1, 2])
 def test_every_step_serves_and_keeps_to_its_budget(spare):
     layer, case = make_layer(spare=spare)
