@@ -241,6 +241,8 @@ def main(argv: list[str] | None = None) -> int:
     facts = machine(setup.device, setup.num_gpus, args.commit)
     table = Table(quiet=not setup.is_first)
     table.say(describe(setup, facts))
+    if setup.counter is not None and setup.counter.reason:
+        table.say(f"not run: bytes counted by the links: {setup.counter.reason}")
     outcome = Outcome(keep=(lambda row: append_result(row, args.results)) if args.results and setup.is_first else None)
     ok = False
     try:
