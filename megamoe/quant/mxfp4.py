@@ -145,7 +145,7 @@ def _round(values: Tensor) -> Tensor:
     """Codes (uint8) of the nearest e2m1 numbers, ties to the even mantissa; what becomes zero is +0."""
     # One comparison tree instead of a dozen passes: a code is how many of these a magnitude is above
     above = torch.tensor(_BELOW_CODES, device=values.device)
-    code = torch.bucketize(values.abs(), above, out_int32=True).to(torch.uint8)
+    code = torch.bucketize(values.abs().contiguous(), above, out_int32=True).to(torch.uint8)
     return code | ((values < 0) & (code != 0)).to(torch.uint8) << 3
 
 
