@@ -9,8 +9,8 @@ from megamoe.layout import HEAD_SLICE_TOKENS, K_BLOCK
 
 FLAG_BYTES = 4
 COUNTED_CALLS = 20
-# NVML's field "data payload sent over NVLink, KiB", of all links together
-NVLINK_DATA_SENT, ALL_LINKS = 138, 0xFFFFFFFF
+# NVML's field "data payload sent over NVLink, KiB"; of all links together, or, where that is refused, link by link
+NVLINK_DATA_SENT, SCOPES = 138, ([0xFFFFFFFF], range(18))
 
 
 def sent_bytes(case, topk_idx: list[torch.Tensor]) -> list[int]:
@@ -53,16 +53,19 @@ class Counter:
             pynvml.nvmlInit()
             self._library = pynvml
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-            self.read()
+            self._fields = next(filter(self._told, [[(NVLINK_DATA_SENT, link) for link in links] for links in SCOPES]))
+        except StopIteration:
+            self.reason = f"NVML does not tell field {NVLINK_DATA_SENT} of this GPU"
         except Exception as error:  # whatever keeps a counter from being read must not end a measurement
             self.reason = f"{type(error).__name__}: {error}"
 
+    def _told(self, fields: list[tuple[int, int]]) -> bool:
+        return not any(f.nvmlReturn for f in self._library.nvmlDeviceGetFieldValues(self._handle, fields))
+
     def read(self) -> int:
-        """Bytes sent so far. RuntimeError where NVML does not tell."""
-        (field,) = self._library.nvmlDeviceGetFieldValues(self._handle, [(NVLINK_DATA_SENT, ALL_LINKS)])
-        if field.nvmlReturn:
-            raise RuntimeError(f"NVML error {field.nvmlReturn} for field {NVLINK_DATA_SENT}")
-        return int(field.value.ullVal) << 10
+        """Bytes sent so far."""
+        values = self._library.nvmlDeviceGetFieldValues(self._handle, self._fields)
+        return sum(int(field.value.ullVal) for field in values) << 10
 
 
 def count_calls(counter: Counter, calls: list, meet) -> list[int] | None:

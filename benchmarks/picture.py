@@ -3,9 +3,43 @@ is the picture of these rows does not: it carries a digest of what was drawn."""
 
 import hashlib
 import json
+import statistics
 from pathlib import Path
 
 PANELS_A_ROW = 3
+
+
+def panels_of(cells: dict[tuple, list[dict]], cases: dict) -> dict:
+    """What `draw` draws: a panel a case with each line's times, its floor, the rival's and what others published.
+
+    cells: (case, ep_size, weight format, device, tokens) -> the rows behind one number. Published times of eight GPUs
+    stand only beside lines of four and more.
+    """
+    found: dict[str, dict[str, dict[int, list[dict]]]] = {}
+    for (case, ep_size, weight_format, device, tokens), rows in sorted(cells.items(), key=lambda cell: cell[0]):
+        name = f"{device.split('80GB')[0].removeprefix('NVIDIA').strip()} EP{ep_size}, {weight_format.upper()}"
+        found.setdefault(case, {}).setdefault(name, {})[tokens] = rows
+    panels: dict[str, dict[str, dict]] = {}
+    for case in (name for name in cases if name in found):
+        lines = panels[case] = {}
+        for name, points in found[case].items():
+            times = {tokens: [row["us"] for row in rows] for tokens, rows in points.items()}
+            floors = {tokens: [rows[0]["roofline_us"]] for tokens, rows in points.items()}
+            lines[name] = _line("line", times)
+            if all(us for (us,) in floors.values()):
+                lines[f"{name}, floor"] = _line("floor", floors)
+        others = {"sgl-deep-gemm 0.2.5, EP2, H100": cases[case].bar_us}
+        if any(key[0] == case and key[1] >= 4 for key in cells):
+            others["8 x H100, published"] = cases[case].published_us
+        for name, times in others.items():
+            if times:
+                lines[name] = _line("others", {tokens: [us] for tokens, us in times.items()})
+    return panels
+
+
+def _line(style: str, times: dict[int, list[float]]) -> dict:
+    points = [[tokens, statistics.median(us), min(us), max(us)] for tokens, us in times.items()]
+    return {"style": style, "points": points}
 
 
 def digest_of(panels: dict) -> str:

@@ -171,6 +171,9 @@ def _table(table: tuple, cells: dict[tuple, list[dict]], case) -> tuple[str, str
     head = f"({shape}), " + "MXFP4 experts, " * bool(weight_format) + f"{routing} routing"
     head += f", {idle} rank{'s' * (idle > 1)} idle" * bool(idle)
     head += f", workspace capacity {capacity}" if capacity else ", workspace capacity as the tokens"
+    symmetric = {_symmetric(row) for found in cells.values() for row in found} - {""}
+    if len(symmetric) == 1:
+        head += f", {symmetric.pop()} MiB symmetric a GPU"
     out = [
         "| us per call, tokens per rank: | " + " | ".join(map(str, tokens)) + " |",
         "|--" * (len(tokens) + 1) + "|",
@@ -211,7 +214,8 @@ def _table(table: tuple, cells: dict[tuple, list[dict]], case) -> tuple[str, str
         add("weight TB/s", of_main(lambda row, us: f"{row['bytes_weights'] / us / 1e6:.2f}"))
     if num_gpus > 1:
         add("NVLink MB sent, busiest GPU: roofline / kernel / counted", of_main(lambda row, us: _nvlink(row)))
-        add("symmetric MiB a GPU", of_main(lambda row, us: _symmetric(row)))
+        if len(symmetric) > 1:
+            add("symmetric MiB a GPU", of_main(lambda row, us: _symmetric(row)))
     add("experts with a row, busiest GPU", of_main(lambda row, us: f"{row['active_experts_max']:.4g}"))
     add(
         "relative L2 to the specification",
@@ -303,31 +307,12 @@ def splice(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
 
 
 def panels_of(rows: list[dict], cases: dict) -> dict:
-    """What picture.draw draws: main tables of several GPUs, their floors, and what others published."""
-    found: dict[str, dict[str, dict[int, list[dict]]]] = {}
-    cells = cells_of(rows)
-    for (table, line, count), of_cell in cells.items():
-        if table[1] > 1 and _is_main(table) and not table[3] and line == MAIN_LINE:
-            gpu = table[0].split("80GB")[0].removeprefix("NVIDIA").strip()
-            name = f"{gpu} EP{table[2]}, {table[8].upper() or 'FP8'}"
-            found.setdefault(table[4], {}).setdefault(name, {})[count] = of_cell
-    panels: dict[str, dict[str, dict]] = {}
-    for case in (name for name in cases if name in found):
-        lines = panels[case] = {}
-        for name, points in sorted(found[case].items()):
-            times = {count: [row["us"] for row in points[count]] for count in sorted(points) if count}
-            floors = [(count, points[count][0]["roofline_us"]) for count in times]
-            lines[name] = {"style": "line", "points": [[n, statistics.median(us), min(us), max(us)]
-                                                       for n, us in times.items()]}  # fmt: skip
-            if all(us for _, us in floors):
-                lines[f"{name}, floor"] = {"style": "floor", "points": [[n, us, us, us] for n, us in floors]}
-        others = {"sgl-deep-gemm 0.2.5, EP2, H100": cases[case].bar_us}
-        if any(table[4] == case and table[2] > MAIN_GPUS for table, _, _ in cells):
-            others["8 x H100, published"] = cases[case].published_us
-        for name, times in others.items():
-            if times:
-                lines[name] = {"style": "others", "points": [[n, us, us, us] for n, us in times.items()]}
-    return panels
+    """The picture's panels: main lines of main tables of several GPUs."""
+    main = {}
+    for (table, line, count), found in cells_of(rows).items():
+        if table[1] > 1 and not table[3] and _is_main(table) and line == MAIN_LINE and count:
+            main[table[4], table[2], table[8] or "fp8", table[0], count] = found
+    return picture.panels_of(main, cases)
 
 
 def render_picture(rows: list[dict], cases: dict, directory: Path, readme: Path, draw: bool) -> str:

@@ -5,6 +5,7 @@ import re
 import subprocess
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,23 @@ def test_the_screen_names_the_bytes_of_the_largest_call():
 class _Setup:
     def __init__(self, ep_size):
         self.ep_size, self.device = ep_size, torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("refused, sent", [((), 5 << 10), ((0xFFFFFFFF,), 18 * 5 << 10), ((0xFFFFFFFF, 7), None)])
+def test_links_are_read_together_or_one_by_one(refused, sent, monkeypatch):
+    class Library:
+        nvmlInit = staticmethod(lambda: None)
+        nvmlDeviceGetHandleByUUID = staticmethod(lambda uuid: uuid)
+
+        @staticmethod
+        def nvmlDeviceGetFieldValues(handle, fields):
+            return [SimpleNamespace(nvmlReturn=3 * (link in refused), value=SimpleNamespace(ullVal=5))
+                    for field, link in fields if field == 138]  # fmt: skip
+
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", Library)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0"))
+    counter = links.Counter(torch.device("cuda", 0))
+    assert (counter.reason is None) == (sent is not None) and (sent is None or counter.read() == sent)
 
 
 @pytest.mark.parametrize("suite", sorted(load_suites()))
@@ -176,7 +194,7 @@ def test_four_gpus_have_a_section_after_two_with_what_others_published():
     assert "2 x" in first and second.endswith("EP4")
     assert "| us per call, tokens per rank: | 64 | 512 |" in text
     assert "| 8 x H100, published (DeepGEMM pull request 440, one fused FP8 kernel, device time) | 352 | 431 |" in text
-    assert "kernel / counted | 2 / 3 / - | 2 / 3 / - |" in text and "| symmetric MiB a GPU | 519 | 519 |" in text
+    assert "kernel / counted | 2 / 3 / - | 2 / 3 / - |" in text and "capacity 8192, 519 MiB symmetric a GPU\n" in text
     for other in (two, _ep4(device="NVIDIA H200"), _ep4(routing="zipf")):
         assert "published" not in report.render([other], CASES)
 
