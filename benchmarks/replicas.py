@@ -1,7 +1,7 @@
 """What redundant experts cost and save: a layer's time without and with them, by replica choice, and while rebalancing.
 
-    PYTHONPATH=$PWD:$(python3 launch/link.py) launch/torchrun.sh 2 -m benchmarks.replicas --json replicas.json
-    python -m benchmarks.replicas --virtual-ranks 2
+    launch/torchrun.sh 2 benchmarks/replicas.py --results
+    python benchmarks/replicas.py --virtual-ranks 2
 
 Popularity-weighted routing; the plan is made from the routing before the one that is timed. Every output is compared
 bit for bit with the layer's without a plan: exit status 1 if one differs. "room": slots and maps are there, no plan.
@@ -15,13 +15,18 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+if __name__ == "__main__":
+    import checkout  # noqa: F401 (makes this checkout's packages importable; it lies beside this file)
+from benchmarks.bench import make_setup, run_script  # first: it sets what the libraries read when they are loaded
+
+# isort: split
 import torch
 import torch.distributed as dist
 
-from benchmarks.bench import make_setup, run_script
 from benchmarks.cases import load_cases, parse_cases
 from benchmarks.inputs import make_tokens, make_weights
 from benchmarks.record import machine
+from benchmarks.results import REPLICAS_DIR, append_json
 from benchmarks.run import config_of
 from benchmarks.timing import measure, num_routings, pick_protocol
 from megamoe import EPConfig, MoELayer, Workspace, plan_experts
@@ -95,9 +100,9 @@ class Bench:
         return max(meet.max([statistics.median(times)])), statistics.median(moved), same
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = out.add_argument
     add("--case", default="flash64", help="of cases.toml (default flash64)")
     add("--tokens", default="8,128,2048", help="per rank (default 8,128,2048)")
     add("--redundant", type=int, default=8, help="redundant experts over all ranks (default 8)")
@@ -108,9 +113,16 @@ def main(argv=None) -> int:
     add("--device", default="auto")
     add("--seed", type=int, default=0)
     add("--json", type=Path)
-    given = parser.parse_args(argv)
-    given.idle_ranks = 0
+    add("--results", type=Path, nargs="?", const=REPLICAS_DIR, metavar="DIR",
+        help="append each row whose bits are right to a .jsonl file of DIR (DIR: benchmarks/results/replicas)")
+    add("--commit", help="commit hash to record, '-dirty' at its end if it is (default: ask git)")
+    return out
+
+
+def main(argv=None) -> int:
+    given = parser().parse_args(argv)
     setup = make_setup(given)
+    facts = machine(setup.device, setup.num_gpus, given.commit)
     (case,) = parse_cases(given.case, load_cases())
     case = replace(case, weight_format=given.weight_format)
     weights = [make_weights(case, setup.experts_of(case, rank), setup.seed, setup.device) for rank in setup.ranks_here]
@@ -122,7 +134,8 @@ def main(argv=None) -> int:
         loads = [_load(setup, case, num_tokens, given.routing, 100 + i) for i in range(2)]
         plans = [plan_experts(load, num_ranks=setup.ep_size, num_redundant_experts=given.redundant) for load in loads]
         row = {"case": case.name, "format": case.weight_format, "tokens": num_tokens, "ranks": setup.ep_size,
-               "redundant": given.redundant}  # fmt: skip
+               "virtual_ranks": setup.virtual_ranks, "redundant": given.redundant,
+               "routing": given.routing}  # fmt: skip
         row["planned_balancedness"] = float(plans[0].balancedness[0])
         row["balancedness_without"] = float(balancedness(loads[0].reshape(setup.ep_size, -1).sum(1)))
         ep_config = EPConfig(num_tokens, setup.virtual_ranks)
@@ -146,11 +159,13 @@ def main(argv=None) -> int:
         row["bits_differ"] = sorted({name for one in everyone for name, ok in one.items() if not ok})
         failed |= bool(row["bits_differ"])
         rows.append(row)
+        if given.results and setup.is_first and not row["bits_differ"]:
+            append_json({**row, **facts}, given.results)
         if setup.is_first:
             print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                             for name, value in row.items()), flush=True)  # fmt: skip
     if given.json and setup.is_first:
-        given.json.write_text(json.dumps({"machine": machine(setup.device, setup.num_gpus, None), "rows": rows}))
+        given.json.write_text(json.dumps({"machine": facts, "rows": rows}))
     if dist.is_initialized():
         setup.meet.barrier()
         dist.destroy_process_group()
