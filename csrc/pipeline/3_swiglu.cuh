@@ -8,11 +8,23 @@
 
 namespace moe {
 
+// gate <= limit, |up| <= limit, ahead of swiglu: most models have no limit, and in line the comparisons are a third of
+// its instructions.
+template <class C>
+MOE_DEVICE void clamp_sums(Accumulator<C>& acc, f32 limit) {
+    if (limit == __int_as_float(0x7F800000)) return;
+#pragma unroll
+    for (u32 part = 0; part < 2; ++part)
+#pragma unroll
+        for (u32 i = 0; i < Accumulator<C>::kN / 2; ++i) {
+            const bool is_up = C::kWeightsOnM ? i / 2 % 2 : i / 4 % 2;
+            f32& sum = acc.sum[part][i];
+            if (sum > limit) sum = limit;  // comparisons, not fmin: NaN must stay NaN
+            if (is_up && sum < -limit) sum = -limit;
+        }
+}
+
 MOE_DEVICE f32 swiglu(const Launch& l, f32 gate, f32 up, f32 weight) {
-    const f32 limit = l.p.swiglu_limit;
-    if (gate > limit) gate = limit;  // comparisons, not fmin: NaN must stay NaN
-    if (up > limit) up = limit;
-    if (up < -limit) up = -limit;
     if constexpr (kExtras) up += l.p.up_shift;
     const f32 exponent = kExtras ? l.p.gate_exponent : -1.4426950408889634f;  // exp(-x) = 2^(-x log2 e)
     return gate * ptx::reciprocal_approx(1.0f + ptx::exp2_approx(gate * exponent)) * up * weight;
@@ -118,6 +130,7 @@ MOE_DEVICE void quantize_tokens_on_m(const Launch& l, SharedStorage<C>& s, Accum
 template <class C>
 MOE_DEVICE void swiglu_and_quantize(const Launch& l, SharedStorage<C>& s, Accumulator<C>& acc, u32 slot, u32 warp,
                                     u32 lane) {
+    clamp_sums(acc, l.p.swiglu_limit);
     if constexpr (C::kWeightsOnM) {
         quantize_weights_on_m(l, s, acc, s.tile_weights[slot], warp, lane);
     } else {

@@ -36,6 +36,12 @@ MOE_DEVICE void add_bf16(f32 (&sum)[8], uint4 v) {
     for (int i = 0; i < 4; ++i) sum[2 * i] += ptx::bf16_low(pairs[i]), sum[2 * i + 1] += ptx::bf16_high(pairs[i]);
 }
 
+// How many loads of 16 bytes a combining lane has in flight: of slots, times steps of kCombineStep columns.
+template <u32 kSlots_, u32 kSteps_>
+struct CombineLoads {
+    static constexpr u32 kSlots = kSlots_, kSteps = kSteps_, kBufferBytes = kSteps * kCombineStep * 2;
+};
+
 // 8 columns of a lane: kLoads slots' loads in flight at a time, sums in slot order.
 template <u32 kLoads>
 MOE_DEVICE uint4 sum_slots(const u16* rows, u32 hidden, u32 used) {
@@ -59,20 +65,59 @@ MOE_DEVICE uint4 sum_slots(const u16* rows, u32 hidden, u32 used) {
                       ptx::pack_bf16(sum[6], sum[7]));
 }
 
-// One item: columns [begin, begin + combine_columns) of a token, 256 at a time through two shared buffers of the warp.
-template <u32 kLoads>
-MOE_DEVICE void combine_item(const Launch& l, u8 (&buffers)[2][512], u32 token, u32 begin, u32 used) {
+// The same in each of the first `steps` steps, at least one, summed in slot order.
+template <class Loads>
+MOE_DEVICE void sum_steps(uint4 (&y)[Loads::kSteps], const u16* rows, u32 hidden, u32 used, u32 steps) {
+    f32 sum[Loads::kSteps][8] = {};
+    while (used) {
+        uint4 v[Loads::kSteps][Loads::kSlots];
+        const u32 batch = used;
+#pragma unroll
+        for (u32 i = 0; i < Loads::kSlots; ++i) {
+#pragma unroll
+            for (u32 step = 0; step < Loads::kSteps; ++step)
+                if (used && (step == 0 || step < steps))
+                    v[step][i] = ptx::ld_cg_v4(rows + (__ffs(used) - 1) * hidden + step * kCombineStep);
+            used &= used - 1;
+        }
+        u32 rest = batch;
+#pragma unroll
+        for (u32 i = 0; i < Loads::kSlots; ++i) {
+#pragma unroll
+            for (u32 step = 0; step < Loads::kSteps; ++step)
+                if (rest && (step == 0 || step < steps)) add_bf16(sum[step], v[step][i]);
+            rest &= rest - 1;
+        }
+    }
+#pragma unroll
+    for (u32 step = 0; step < Loads::kSteps; ++step) {
+        const f32(&f)[8] = sum[step];
+        y[step] = make_uint4(ptx::pack_bf16(f[0], f[1]), ptx::pack_bf16(f[2], f[3]), ptx::pack_bf16(f[4], f[5]),
+                             ptx::pack_bf16(f[6], f[7]));
+    }
+}
+
+// One item: columns [begin, begin + combine_columns) of a token, through two shared buffers of the warp in turn.
+template <class Loads>
+MOE_DEVICE void combine_item(const Launch& l, u8 (&buffers)[2][Loads::kBufferBytes], u32 token, u32 begin, u32 used) {
+    constexpr u32 kColumns = Loads::kSteps * kCombineStep;
     const u32 lane = lane_id(), hidden = l.p.hidden, end = min_u32(begin + l.p.combine_columns, hidden);
 #pragma unroll 1
-    for (u32 column = begin; column < end; column += kCombineStep) {
-        const u32 columns = min_u32(kCombineStep, hidden - column);
-        u8* buffer = buffers[column / kCombineStep % 2];
-        uint4 y = make_uint4(0, 0, 0, 0);
-        if (lane * 8 < columns)
-            y = sum_slots<kLoads>(l.combine_y(l.me.ep_rank, token, 0) + column + lane * 8, hidden, used);
-        if (lane == 0) ptx::bulk_wait_read<1>();  // the buffer of two steps ago
+    for (u32 column = begin; column < end; column += kColumns) {
+        const u32 columns = min_u32(kColumns, (Loads::kSteps == 1 ? hidden : end) - column);
+        u8* buffer = buffers[column / kColumns % 2];
+        uint4 y[Loads::kSteps] = {};
+        if (lane * 8 < columns) {
+            const u16* rows = l.combine_y(l.me.ep_rank, token, 0) + column + lane * 8;
+            if constexpr (Loads::kSteps == 1) y[0] = sum_slots<Loads::kSlots>(rows, hidden, used);
+            else sum_steps<Loads>(y, rows, hidden, used, ceil_div(columns - lane * 8, kCombineStep));
+        }
+        if (lane == 0) ptx::bulk_wait_read<1>();  // the buffer of the turn before last
         __syncwarp();
-        if (lane * 8 < columns) ptx::st_shared_v4(ptx::shared_address(buffer) + lane * 16, y);
+#pragma unroll
+        for (u32 step = 0; step < Loads::kSteps; ++step)
+            if (lane * 8 + step * kCombineStep < columns)
+                ptx::st_shared_v4(ptx::shared_address(buffer) + (step * 32 + lane) * 16, y[step]);
         ptx::fence_proxy_async_shared();
         __syncwarp();
         if (lane == 0) {
@@ -95,9 +140,9 @@ MOE_DEVICE u32 watch(const Launch& l, u32 item) {
 }
 
 // Sums those of the items `ready` that this warp is the first to take.
-template <class C>
-MOE_DEVICE void combine_ready_items(const Launch& l, SharedStorage<C>& s, u8 (&buffers)[2][512], u32 window, u32 ready,
-                                    u32 slots) {
+template <class Loads, class C>
+MOE_DEVICE void combine_ready_items(const Launch& l, SharedStorage<C>& s, u8 (&buffers)[2][Loads::kBufferBytes],
+                                    u32 window, u32 ready, u32 slots) {
 #pragma unroll 1
     for (; ready; ready &= ready - 1) {
         const u32 owner = __ffs(ready) - 1;
@@ -105,9 +150,8 @@ MOE_DEVICE void combine_ready_items(const Launch& l, SharedStorage<C>& s, u8 (&b
         if (lane_id() == 0) mine = atomicAnd(&s.watch_pending[window], ~(1u << owner)) >> owner & 1;
         if (!__shfl_sync(~0u, mine, 0)) continue;
         const u32 item = window_item(l, s.watch_first[window], owner);
-        combine_item<C::kCombineLoads>(l, buffers, item / l.p.combine_chunks,
-                                       item % l.p.combine_chunks * l.p.combine_columns,
-                                       __shfl_sync(~0u, slots & 0xFFFF, owner));
+        combine_item<Loads>(l, buffers, item / l.p.combine_chunks, item % l.p.combine_chunks * l.p.combine_columns,
+                            __shfl_sync(~0u, slots & 0xFFFF, owner));
     }
 }
 
@@ -162,7 +206,8 @@ MOE_DEVICE void combine(const Launch& l, SharedStorage<C>& s) {
             if (left == 0) break;
             const u32 ready = __ballot_sync(~0u, slots >> 16 == 0) & left;
             if (ready && lane_id() == 0) s.watch_idle_since[my_window()] = now_us();
-            combine_ready_items(l, s, s.y_slice[my_window()], my_window(), ready, slots);
+            combine_ready_items<CombineLoads<C::kCombineLoads, 1>>(l, s, s.y_slice[my_window()], my_window(), ready,
+                                                                   slots);
             if (__shfl_sync(~0u, s.watch_polls[my_window()], 0) % 64 == 0 && is_over(l, s, item, slots)) {
                 if (lane == 0) {
                     s.watch_pending[my_window()] = 0;
@@ -181,16 +226,26 @@ MOE_DEVICE void combine(const Launch& l, SharedStorage<C>& s) {
     __syncwarp();
 }
 
-// Math warps, once their tiles are done: tokens still open then are the tail of the call, and eight more warps with
-// loads in flight shorten it.
+// values[w] without an address: they stay in registers.
+MOE_DEVICE u32 pick(const u32 (&values)[kExchangeWarps], u32 w) {
+    static_assert(kExchangeWarps == 4);
+    return w < 2 ? w ? values[1] : values[0] : w == 2 ? values[2] : values[3];
+}
+
+// Math warps, once their tiles are done: tokens still open then are the tail of the call, and eight more warps shorten
+// it, each with several steps' loads in the registers that held the sums.
 template <class C>
 MOE_DEVICE void help_combine(const Launch& l, SharedStorage<C>& s) {
     ptx::named_barrier_sync<kBarrierMath, kMathWarps * 32>();  // the stages are free
     const u32 lane = lane_id(), warp = warp_id();
-    auto& buffers = *reinterpret_cast<u8(*)[2][512]>(s.stages[0].weights + warp * 1024);
+    using Loads = CombineLoads<6, C::kIsMxfp4 ? 2 : 4>;
+    static_assert(kMathWarps * 2 * Loads::kBufferBytes <= C::kImageSfOffset);
+    auto& buffers =
+        *reinterpret_cast<u8(*)[2][Loads::kBufferBytes]>(s.stages[0].weights + warp * 2 * Loads::kBufferBytes);
     u32 slots[kExchangeWarps] = {}, seen = 0;
     for (u32 polls = 1;; ++polls) {
         bool done = true;
+        u32 ready[kExchangeWarps] = {};
 #pragma unroll
         for (u32 w = 0; w < kExchangeWarps; ++w) {
             const bool open = __shfl_sync(~0u, ptx::ld_acquire_cta_shared(&s.watch_open[w]), 0);
@@ -201,9 +256,11 @@ MOE_DEVICE void help_combine(const Launch& l, SharedStorage<C>& s) {
             if (!(seen >> w & 1)) slots[w] = watch(l, item), seen |= 1u << w;
             slots[w] = drop_arrived(l, item / l.p.combine_chunks, slots[w]);
             __syncwarp();
-            const u32 ready = __ballot_sync(~0u, slots[w] >> 16 == 0) & pending;
-            combine_ready_items(l, s, buffers, w, ready, slots[w]);
+            ready[w] = __ballot_sync(~0u, slots[w] >> 16 == 0) & pending;
         }
+#pragma unroll 1
+        for (u32 w = 0; w < kExchangeWarps; ++w)  // one copy of the sums' code
+            combine_ready_items<Loads>(l, s, buffers, w, pick(ready, w), pick(slots, w));
         if (done) break;
         if (polls % 64 == 0 && __any_sync(~0u, is_lost(l))) break;  // the exchange warps hold the deadline
     }
