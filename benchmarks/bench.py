@@ -14,6 +14,8 @@
         three routings, with and without input quantization in the timed call
     python benchmarks/bench.py --case tiny,odd --tokens 0,1,33 --check-only
         the verdict alone
+    torchrun --nproc-per-node 4 benchmarks/bench.py --suite ep4 --results
+        every set of cells that benchmarks/suites.toml lists under that name, in one start
 
 Exit status: 0 when every gate held, 1 when one failed, 2 for a wrong command line.
 What is timed and how: benchmarks/timing.py. The cases: benchmarks/cases.toml. The gate: benchmarks/gate.py.
@@ -40,12 +42,19 @@ from benchmarks import cases as case_list  # noqa: E402
 from benchmarks.baselines import NAMES as BASELINES  # noqa: E402
 from benchmarks.implementations import Setup  # noqa: E402
 from benchmarks.inputs import ROUTINGS  # noqa: E402
+from benchmarks.links import Counter  # noqa: E402
 from benchmarks.record import machine  # noqa: E402
 from benchmarks.results import RESULTS_DIR, append_result, as_json  # noqa: E402
 from benchmarks.run import Outcome, Plan, run_cases, spec_against_float64  # noqa: E402
 from benchmarks.table import Table  # noqa: E402
 from benchmarks.timing import PROTOCOLS, Meet, pick_protocol  # noqa: E402
 from megamoe.ranks import init_process_group, rank_from_env  # noqa: E402
+
+# What a set of suites.toml may say
+SET_OPTIONS = (
+    "case", "tokens", "routing", "protocol", "input", "weight_format", "baseline", "baseline_tokens", "capacity",
+    "idle_ranks", "check_rows",
+)  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
         help="of the layer's experts; the baselines have no MXFP4 (default: fp8)",
     )
     add("--baseline", help=f"some of {','.join(BASELINES)}, or none (default: torch on CPU, torch,torch-bf16 on a GPU)")
+    add("--baseline-tokens", help="token counts that baselines run at (default: those of --tokens)")
     add("--virtual-ranks", type=int, metavar="R", help="this one process plays R ranks")
     add(
         "--capacity",
@@ -83,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
         help="tokens per rank the workspace is built for: max (of --tokens), cell (each its own), or a number",
     )
     add("--idle-ranks", type=int, default=0, metavar="K", help="the last K ranks bring no tokens (default: 0)")
+    add("--suite", help="of benchmarks/suites.toml: its sets say what is measured, in the place of the options above")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--num-sms", type=int, metavar="N", help="SMs the kernel may use (default: all)")
     add(
@@ -131,8 +142,6 @@ def make_setup(args) -> Setup:
     ep_size = args.virtual_ranks or info.ep_size
     ranks_here = tuple(range(ep_size)) if args.virtual_ranks else (info.ep_rank,)
     units = 1 if args.virtual_ranks else info.ep_size
-    if not 0 <= args.idle_ranks < max(ep_size, 1):
-        raise ValueError(f"--idle-ranks {args.idle_ranks} must lie in 0..{ep_size - 1}")
     return Setup(
         device=device,
         ep_size=ep_size,
@@ -142,12 +151,39 @@ def make_setup(args) -> Setup:
         num_units=units,
         meet=Meet(device),
         seed=args.seed,
+        counter=Counter(device) if on_gpu and units > 1 else None,
     )
+
+
+def plans_of(args, setup: Setup) -> list[Plan]:
+    """One plan, or those of the suite's sets. ValueError names what is wrong, before anything runs."""
+    if args.suite is None:
+        return [make_plan(args, setup)]
+    suites, plain = case_list.load_suites(), parser().parse_args([])
+    if args.suite not in suites:
+        raise ValueError(f"--suite {args.suite!r} is not in suites.toml; choose from {', '.join(suites)}")
+    given = [name for name in SET_OPTIONS if getattr(args, name) != getattr(plain, name)]
+    if given:
+        option = given[0].replace("_", "-")
+        raise ValueError(f"--{option} is for the sets of --suite {args.suite} to say; drop one of the two")
+    plans = []
+    for number, options in enumerate(suites[args.suite], 1):
+        unknown = sorted(set(options) - set(SET_OPTIONS))
+        if unknown:
+            known = ", ".join(SET_OPTIONS)
+            raise ValueError(f"suites.toml, {args.suite}, set {number}: {unknown[0]!r} is none of {known}")
+        try:
+            plans.append(make_plan(argparse.Namespace(**{**vars(args), **options}), setup))
+        except ValueError as error:
+            raise ValueError(f"suites.toml, {args.suite}, set {number}: {error}") from error
+    return plans
 
 
 def make_plan(args, setup: Setup) -> Plan:
     """The cells to run. ValueError names the option that is wrong."""
     on_gpu = setup.device.type == "cuda"
+    if not 0 <= args.idle_ranks < max(setup.ep_size, 1):
+        raise ValueError(f"--idle-ranks {args.idle_ranks} must lie in 0..{setup.ep_size - 1}")
     tokens = case_list.parse_tokens(args.tokens or ("1,8,32,128,512" if on_gpu else "1,8,32"))
     if args.capacity not in ("max", "cell") and not (args.capacity.isdigit() and int(args.capacity) >= max(tokens)):
         raise ValueError(
@@ -172,6 +208,7 @@ def make_plan(args, setup: Setup) -> Plan:
         check_rows=args.check_rows,
         check_only=args.check_only,
         num_sms=args.num_sms,
+        baseline_tokens=case_list.parse_tokens(args.baseline_tokens) if args.baseline_tokens else None,
     )
 
 
@@ -197,18 +234,22 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         setup = make_setup(args)
-        plan = make_plan(args, setup)
+        plans = plans_of(args, setup)
     except ValueError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
     facts = machine(setup.device, setup.num_gpus, args.commit)
     table = Table(quiet=not setup.is_first)
     table.say(describe(setup, facts))
+    if setup.counter is not None and setup.counter.reason:
+        table.say(f"not run: bytes counted by the links: {setup.counter.reason}")
     outcome = Outcome(keep=(lambda row: append_result(row, args.results)) if args.results and setup.is_first else None)
     ok = False
     try:
-        spec_verdicts = [spec_against_float64(setup, case) for case in plan.cases] if setup.device.type == "cpu" else []
-        run_cases(setup, plan, facts, table, outcome)
+        different = {case: None for plan in plans for case in plan.cases} if setup.device.type == "cpu" else {}
+        spec_verdicts = [spec_against_float64(setup, case) for case in different]
+        for plan in plans:
+            run_cases(setup, plan, facts, table, outcome)
         ok = table.finish(outcome, spec_verdicts)
     finally:  # also what was measured before an exception
         if args.json and setup.is_first:

@@ -1,16 +1,18 @@
-"""The benchmark's shapes (cases.toml) and the small parsers of its command line."""
+"""The benchmark's shapes (cases.toml), its suites (suites.toml) and the small parsers of its command line."""
 
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 CASES_FILE = Path(__file__).with_name("cases.toml")
+SUITES_FILE = Path(__file__).with_name("suites.toml")
+BY_TOKENS = ("bar_us", "goal_us", "goal_mxfp4_us", "older_us", "bar_h200_us", "published_us")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model shape. intermediate is per half; bar_us, goal_us and older_us map tokens per rank to us (see
-    cases.toml). weight_format: "fp8" or "mxfp4", chosen on the command line; goal_mxfp4_us is then the goal."""
+    """One model shape. intermediate is per half; the *_us map tokens per rank to us (see cases.toml). weight_format:
+    "fp8" or "mxfp4", chosen on the command line; goal_mxfp4_us is then the goal."""
 
     name: str
     hidden: int
@@ -24,6 +26,9 @@ class Case:
     goal_us: dict[int, float] = field(default_factory=dict, hash=False)
     goal_mxfp4_us: dict[int, float] = field(default_factory=dict, hash=False)
     older_us: dict[int, float] = field(default_factory=dict, hash=False)
+    bar_h200_us: dict[int, float] = field(default_factory=dict, hash=False)
+    published_us: dict[int, float] = field(default_factory=dict, hash=False)
+    published_from: str = ""
 
     def __post_init__(self):
         for name in ("hidden", "intermediate"):
@@ -43,13 +48,18 @@ def load_cases(path: Path = CASES_FILE) -> dict[str, Case]:
     for name, table in tomllib.loads(Path(path).read_text()).items():
         by_tokens = {
             key: {int(tokens): float(us) for tokens, us in table.pop(key, {}).items()}
-            for key in ("bar_us", "goal_us", "goal_mxfp4_us", "older_us")
+            for key in BY_TOKENS
         }
         try:
             cases[name] = Case(name=name, **table, **by_tokens)
         except TypeError as error:
             raise ValueError(f"case {name} in {path}: {error}") from error
     return cases
+
+
+def load_suites(path: Path = SUITES_FILE) -> dict[str, list[dict]]:
+    """Suite name -> its sets in order; a set maps options of bench.py, '_' for '-', to their text or number."""
+    return tomllib.loads(Path(path).read_text())
 
 
 def parse_cases(text: str, cases: dict[str, Case]) -> list[Case]:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from benchmarks.baselines.unfused import Unfused, available
 from benchmarks.inputs import RankTokens, make_weights, to_bf16
+from benchmarks.links import Counter
 from benchmarks.timing import Call, Meet
 from megamoe import MoEConfig, MoELayer, Workspace
 
@@ -40,10 +41,16 @@ class Setup:
     group: dist.ProcessGroup | None = None
     ranks_per_domain: int | None = None
     domain_tokens: int | None = None
+    counter: Counter | None = None
 
     @property
     def is_first(self) -> bool:
         return self.ranks_here[0] == 0
+
+    @property
+    def one_rank_a_gpu(self) -> bool:
+        """The ranks are one NVLink domain of GPUs with one rank each."""
+        return self.num_gpus == self.ep_size and self.ranks_per_domain in (None, self.ep_size)
 
     def experts_of(self, case, ep_rank: int) -> range:
         per_rank = case.num_experts // self.ep_size

@@ -93,7 +93,11 @@ def logits_row(family: str, device: torch.device, positions: int, sequence: int,
 
 @torch.no_grad()
 def overhead_row(device: torch.device) -> dict:
-    """Median host time of one eager call, the queue never full: 50 calls of one token between two synchronizations."""
+    """Median host time of one eager call, the queue never full: 50 calls of one token between two synchronizations.
+
+    launch_us: of it, the driver and the 0.2 us of Python around it. gpu_us: from the start of one call to that of the
+    next on the GPU; where that is no longer than a call, the host was what it waited for.
+    """
     if device.type != "cuda":
         return {"part": "overhead", "not_run": "a CPU call computes where it is issued"}
     rank = rank_from_env()
@@ -104,21 +108,39 @@ def overhead_row(device: torch.device) -> dict:
         x = torch.randn(1, 1024, device=device, dtype=torch.bfloat16)
         topk_idx = torch.arange(4, device=device)[None]
         topk_weights, out = torch.full((1, 4), 0.25, device=device), torch.empty_like(x)
-        times = []
-        for _ in range(30):
-            torch.cuda.synchronize(device)
-            begin = time.perf_counter()
-            for _ in range(50):
-                layer(x, topk_idx, topk_weights, num_tokens_bound=1, out=out)
-            times.append((time.perf_counter() - begin) / 50 * 1e6)
-        torch.cuda.synchronize(device)
+        stream = torch.cuda.current_stream(device)
+
+        def call() -> None:
+            layer(x, topk_idx, topk_weights, num_tokens_bound=1, out=out)
+
+        times, gpu_us = _host_us(call)
+        (launch,) = layer._engine.launches.values()
+        launch_times, _ = _host_us(lambda: launch(stream.cuda_stream))  # the last call again
         layer.check()
     return {
         "part": "overhead",
-        "us_per_call": statistics.median(times[5:]),
+        "us_per_call": statistics.median(times),
         "min_us": min(times),
+        "launch_us": statistics.median(launch_times),
+        "gpu_us": gpu_us,
         "ranks": rank.ep_size,
     }
+
+
+def _host_us(call: Callable, rounds: int = 30, calls: int = 50) -> tuple[list[float], float]:
+    """Host time of a call in each round but the first five, and the GPU's time of one in the last."""
+    times = []
+    for _ in range(rounds):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        first.record()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - begin) / calls * 1e6)
+        last.record()
+        torch.cuda.synchronize()
+    return times[5:], first.elapsed_time(last) * 1e3 / calls
 
 
 @torch.no_grad()
@@ -204,9 +226,10 @@ def line(row: dict) -> str:
     for kind in ("not_run", "failed"):
         if kind in row:
             return f"{what} {kind.replace('_', ' ')}: {row[kind]}"
-    return f"{what} {row.get('us', row.get('us_per_call')):9.1f} us" + (
-        f" ({row['experts']})" if "experts" in row else ""
-    )
+    if row["part"] == "overhead":
+        return (f"{what} {row['us_per_call']:9.1f} us of the host a call, {row['launch_us']:.1f} of them the launch; "
+                f"{row['gpu_us']:.1f} us on the GPU")  # fmt: skip
+    return f"{what} {row['us']:9.1f} us ({row['experts']})"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,7 +22,9 @@ class Row:
     tokens_per_rank: of every rank. tflops: operations per GPU (mean over GPUs) / us. weight_tbs: weight bytes of the
     busiest GPU / us.
     active_experts_max: experts with a row on the busiest GPU, mean over the routings cycled through. bytes_*: of the
-    busiest GPU.
+    busiest GPU. bytes_nvlink: the roofline's. nvlink_sent, nvlink_counted: bytes a call that each rank sent, by what
+    the kernel's steps write and by the GPU's own counters (links.py).
+    own_capacity: the workspace was built for this token count alone. symmetric_bytes: of one for this case alone.
     roofline_us, roofline_bound: roofline.py. rel_l2, row_rel_l2, rows_checked: gate.py. reproducible: timed path
     bitwise equal to a first call.
     config: kernel configuration or mode, if the implementation names one. num_sms: SMs it was
@@ -38,6 +40,7 @@ class Row:
     num_tokens: int
     tokens_per_rank: list[int]
     capacity: int
+    own_capacity: bool
     ep_size: int
     virtual_ranks: int | None
     weight_format: str
@@ -56,6 +59,8 @@ class Row:
     bytes_weights: float
     bytes_activations: float
     bytes_nvlink: float
+    nvlink_sent: list[int] | None
+    nvlink_counted: list[int] | None
     rel_l2: float
     row_rel_l2: float
     rows_checked: int

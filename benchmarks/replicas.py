@@ -1,7 +1,7 @@
 """What redundant experts cost and save: a layer's time without and with them, by replica choice, and while rebalancing.
 
-    PYTHONPATH=$PWD:$(python3 launch/link.py) launch/torchrun.sh 2 -m benchmarks.replicas --json replicas.json
-    python -m benchmarks.replicas --virtual-ranks 2
+    launch/torchrun.sh 2 benchmarks/replicas.py --results
+    python benchmarks/replicas.py --virtual-ranks 2
 
 Popularity-weighted routing; the plan is made from the routing before the one that is timed. Every output is compared
 bit for bit with the layer's without a plan: exit status 1 if one differs. "room": slots and maps are there, no plan.
@@ -11,15 +11,22 @@ bit for bit with the layer's without a plan: exit status 1 if one differs. "room
 import argparse
 import json
 import statistics
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-import torch
+if __name__ == "__main__":
+    import checkout  # noqa: F401 (makes this checkout's packages importable; it lies beside this file)
+from benchmarks.bench import make_setup, run_script  # first: it sets what the libraries read when they are loaded
 
-from benchmarks.bench import make_setup
-from benchmarks.cases import load_cases
+# isort: split
+import torch
+import torch.distributed as dist
+
+from benchmarks.cases import load_cases, parse_cases
 from benchmarks.inputs import make_tokens, make_weights
 from benchmarks.record import machine
+from benchmarks.results import REPLICAS_DIR, append_json
 from benchmarks.run import config_of
 from benchmarks.timing import measure, num_routings, pick_protocol
 from megamoe import EPConfig, MoELayer, Workspace, plan_experts
@@ -27,6 +34,7 @@ from megamoe.layout import CHOICES
 from megamoe.plan import balancedness
 
 REBALANCE_STEPS = 24
+HOST_CYCLES = 10_000_000  # about 5 ms, in which the host enqueues a step and a call
 
 
 class Bench:
@@ -70,8 +78,10 @@ class Bench:
             number, finished = number + 1, False
             while not finished:
                 meet.barrier()
+                for out in self.outs[0]:
+                    out.fill_(float("nan"))
                 if device.type == "cuda":
-                    torch.cuda._sleep(2_000_000)
+                    torch.cuda._sleep(HOST_CYCLES)
                     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                     begin.record()
                     finished = under_way.step()
@@ -90,22 +100,31 @@ class Bench:
         return max(meet.max([statistics.median(times)])), statistics.median(moved), same
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = out.add_argument
     add("--case", default="flash64", help="of cases.toml (default flash64)")
     add("--tokens", default="8,128,2048", help="per rank (default 8,128,2048)")
     add("--redundant", type=int, default=8, help="redundant experts over all ranks (default 8)")
     add("--max-experts", type=int, default=1, help="moved to a rank in a step of the rebalance (default 1)")
     add("--routing", default="zipf")
+    add("--weight-format", default="fp8", choices=("fp8", "mxfp4"))
     add("--virtual-ranks", type=int)
     add("--device", default="auto")
     add("--seed", type=int, default=0)
     add("--json", type=Path)
-    given = parser.parse_args(argv)
-    given.idle_ranks = 0
+    add("--results", type=Path, nargs="?", const=REPLICAS_DIR, metavar="DIR",
+        help="append each row whose bits are right to a .jsonl file of DIR (DIR: benchmarks/results/replicas)")
+    add("--commit", help="commit hash to record, '-dirty' at its end if it is (default: ask git)")
+    return out
+
+
+def main(argv=None) -> int:
+    given = parser().parse_args(argv)
     setup = make_setup(given)
-    case = load_cases()[given.case]
+    facts = machine(setup.device, setup.num_gpus, given.commit)
+    (case,) = parse_cases(given.case, load_cases())
+    case = replace(case, weight_format=given.weight_format)
     weights = [make_weights(case, setup.experts_of(case, rank), setup.seed, setup.device) for rank in setup.ranks_here]
     rows, failed = [], False
     for num_tokens in map(int, given.tokens.split(",")):
@@ -114,7 +133,9 @@ def main(argv=None) -> int:
                      for rank in setup.ranks_here] for i in range(count)]  # fmt: skip
         loads = [_load(setup, case, num_tokens, given.routing, 100 + i) for i in range(2)]
         plans = [plan_experts(load, num_ranks=setup.ep_size, num_redundant_experts=given.redundant) for load in loads]
-        row = {"case": case.name, "tokens": num_tokens, "ranks": setup.ep_size, "redundant": given.redundant}
+        row = {"case": case.name, "format": case.weight_format, "tokens": num_tokens, "ranks": setup.ep_size,
+               "virtual_ranks": setup.virtual_ranks, "redundant": given.redundant,
+               "routing": given.routing}  # fmt: skip
         row["planned_balancedness"] = float(plans[0].balancedness[0])
         row["balancedness_without"] = float(balancedness(loads[0].reshape(setup.ep_size, -1).sum(1)))
         ep_config = EPConfig(num_tokens, setup.virtual_ranks)
@@ -138,11 +159,16 @@ def main(argv=None) -> int:
         row["bits_differ"] = sorted({name for one in everyone for name, ok in one.items() if not ok})
         failed |= bool(row["bits_differ"])
         rows.append(row)
+        if given.results and setup.is_first and not row["bits_differ"]:
+            append_json({**row, **facts}, given.results)
         if setup.is_first:
             print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                             for name, value in row.items()), flush=True)  # fmt: skip
     if given.json and setup.is_first:
-        given.json.write_text(json.dumps({"machine": machine(setup.device, setup.num_gpus, None), "rows": rows}))
+        given.json.write_text(json.dumps({"machine": facts, "rows": rows}))
+    if dist.is_initialized():
+        setup.meet.barrier()
+        dist.destroy_process_group()
     return 1 if failed else 0
 
 
@@ -156,4 +182,4 @@ def _load(setup, case, num_tokens, routing, index):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_script(main)

@@ -6,8 +6,10 @@
     python benchmarks/report.py --print         the tables to stdout
 
 The markers are lines of their own: <!-- results:begin --> and <!-- results:end -->. Where <!-- scaling:begin --> and
-<!-- scaling:end --> are there too, scaling.py's tables (results/scaling/*.jsonl) go between them, with a plot.
-A cell is the median over the runs of the newest commit that measured it; three or more runs also give a spread.
+<!-- scaling:end --> are there too, scaling.py's tables (results/scaling/*.jsonl) go between them, with a plot; between
+<!-- replicas:begin --> and <!-- replicas:end --> those of replicas.py (results/replicas/*.jsonl).
+A cell is the median over the runs of the newest commit that measured it; two or more also show lowest and highest.
+results/times.png is drawn where matplotlib is installed, and shown while it is the picture of these results.
 """
 
 import argparse
@@ -19,14 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":  # a script's own folder must not shadow packages of the same names
     sys.path[:] = [str(ROOT)] + [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "benchmarks"]
 
-from benchmarks import scaling_report  # noqa: E402
+from benchmarks import picture, replicas_report, scaling_report  # noqa: E402
 from benchmarks.cases import load_cases  # noqa: E402
 from benchmarks.results import RESULTS_DIR, read_results  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SCALING = "<!-- scaling:begin -->", "<!-- scaling:end -->"
+REPLICAS = "<!-- replicas:begin -->", "<!-- replicas:end -->"
+MAIN_GPUS = 2
 # as in timing.py, which needs torch; a test compares the two
 GRAPH_MAX_TOKENS = 512
+MAIN_LINE = "megamoe", "prequantized in"
+OLDER = "sgl-deep-gemm 0.1.5"
 EMPTY = (
     "No results yet: `python benchmarks/bench.py --results` appends some, `python benchmarks/report.py` renders them."
 )
@@ -45,7 +51,9 @@ def cells_of(rows: list[dict]) -> dict[tuple, list[dict]]:
     for row in rows:
         if row.get("us") is None or not row.get("ok", True):
             continue
-        own = sizes[row["run"], row["case"]] == {True}
+        own = row.get("own_capacity")
+        if own is None:  # rows from before the field
+            own = sizes[row["run"], row["case"]] == {True}
         idle = sum(count == 0 for count in row["tokens_per_rank"]) if row["num_tokens"] else 0
         table = (
             row["device"],
@@ -61,8 +69,12 @@ def cells_of(rows: list[dict]) -> dict[tuple, list[dict]]:
         cells.setdefault((table, (row["impl"], _manner(row)), row["num_tokens"]), []).append(row)
     for key, found in cells.items():
         newest = max(found, key=lambda row: row["date"])
-        cells[key] = [row for row in found if row["commit"] == newest["commit"]]
+        cells[key] = [row for row in found if _source(row) == _source(newest)]
     return cells
+
+
+def _source(row: dict) -> str:
+    return row["commit"][:12] + " with local changes" * bool(row["dirty"])
 
 
 def _manner(row: dict) -> str:
@@ -82,10 +94,14 @@ def render(rows: list[dict], cases: dict) -> str:
         key=lambda t: (
             t[0].startswith("CPU"),
             t[0],
-            -t[1],
+            t[1] != MAIN_GPUS,
+            t[1] == 1,
+            t[1],
             t[2],
             t[3],
+            not _is_main(t),
             t[6],
+            t[7] == 0,
             t[7],
             t[8],
             t[5] != "uniform",
@@ -97,28 +113,68 @@ def render(rows: list[dict], cases: dict) -> str:
     out, section = [], None
     for table in tables:
         device, num_gpus, ep_size, virtual_ranks, *_ = table
+        of_table = {key[1:]: found for key, found in cells.items() if key[0] == table}
         if section != table[:4]:
             section = table[:4]
             machine = f"{num_gpus} x {device}" if num_gpus else device
             ranks = f"{ep_size} virtual ranks in one process" if virtual_ranks else f"EP{ep_size}"
             out.append(f"### {machine}, {ranks}\n")
-        out.append(
-            _table(table, {key[1:]: found for key, found in cells.items() if key[0] == table}, cases.get(table[4]))
-        )
+            out += _against_bar({key: found for key, found in cells.items() if key[0][:4] == section}, cases)
+        head, body = _table(table, of_table, cases.get(table[4]))
+        if _is_main(table):
+            out += [f"**{table[4]}** {head}\n", body]
+        else:
+            out += [f"<details><summary><b>{table[4]}</b> {head}</summary>\n", body, "</details>\n"]
     return "\n".join(out).rstrip()
 
 
-def _table(table: tuple, cells: dict[tuple, list[dict]], case) -> str:
+def _is_main(table: tuple) -> bool:
+    """Shown at once; the others unfold."""
+    return table[5] == "uniform" and not table[6] and table[7] > 0
+
+
+def _bar_of(table: tuple, case) -> dict[int, float]:
+    """The rival's recorded times, where they were taken on such a machine in such a way; else none."""
+    device, num_gpus, ep_size, virtual_ranks, _, routing, idle = table[:7]
+    if case is None or (num_gpus, ep_size, virtual_ranks, routing, idle) != (2, 2, 0, "uniform", 0):
+        return {}
+    return case.bar_us if "H100" in device else case.bar_h200_us if "H200" in device else {}
+
+
+def _against_bar(cells: dict[tuple, list[dict]], cases: dict) -> list[str]:
+    """One paragraph on all FP8 cells of a section that have a bar; none without."""
+    ratios, reached = [], 0
+    for (table, line, count), found in cells.items():
+        case = cases.get(table[4])
+        bar = _bar_of(table, case) if _is_main(table) and not table[8] and line == MAIN_LINE else {}
+        if count in bar:
+            ratios.append((count, _us(found) / bar[count]))
+            reached += "H100" in table[0] and _us(found) <= case.goal_us.get(count, 0)
+    if len(ratios) < 2:
+        return []
+    ones = [ratio for count, ratio in ratios if count == 1]
+    at_one = f", {statistics.geometric_mean(ones):.3f} at 1 token" if ones else ""
+    return [
+        f"FP8, uniform routing, all {len(ratios)} cells, megamoe / sgl-deep-gemm 0.2.5: geometric mean "
+        f"{statistics.geometric_mean(ratio for _, ratio in ratios):.3f}{at_one}; at most 1.02 in "
+        f"{sum(ratio <= 1.02 for _, ratio in ratios)}; at the goal in {reached}.\n"
+    ]
+
+
+def _table(table: tuple, cells: dict[tuple, list[dict]], case) -> tuple[str, str]:
+    """(what the table is of, without the case's name; the table)"""
     device, num_gpus, ep_size, virtual_ranks, name, routing, idle, capacity, weight_format = table
     tokens = sorted({count for _, count in cells})
     lines = sorted({line for line, _ in cells}, key=lambda line: (not line[0].startswith("megamoe"), line))
     shown = next(iter(cells.values()))[0]
     shape = "/".join(str(shown[key]) for key in ("hidden", "intermediate", "num_experts", "topk"))
-    head = f"**{name}** ({shape}), " + "MXFP4 experts, " * bool(weight_format) + f"{routing} routing"
+    head = f"({shape}), " + "MXFP4 experts, " * bool(weight_format) + f"{routing} routing"
     head += f", {idle} rank{'s' * (idle > 1)} idle" * bool(idle)
     head += f", workspace capacity {capacity}" if capacity else ", workspace capacity as the tokens"
+    symmetric = {_symmetric(row) for found in cells.values() for row in found} - {""}
+    if len(symmetric) == 1:
+        head += f", {symmetric.pop()} MiB symmetric a GPU"
     out = [
-        head + "\n",
         "| us per call, tokens per rank: | " + " | ".join(map(str, tokens)) + " |",
         "|--" * (len(tokens) + 1) + "|",
     ]
@@ -131,27 +187,23 @@ def _table(table: tuple, cells: dict[tuple, list[dict]], case) -> str:
     for line in lines:
         label = f"**{line[0]}**" if line[0].startswith("megamoe") else line[0]
         add(f"{label}, {line[1]}", lambda count, line=line: _us_text(cells.get((line, count))))
-    main = next((line for line in lines if line[0] == "megamoe" and line[1] == "prequantized in"), lines[0])
+    main = MAIN_LINE if MAIN_LINE in lines else lines[0]
 
     def of_main(text_of):
         return lambda count: text_of(cells[main, count][0], _us(cells[main, count])) if (main, count) in cells else ""
 
-    comparable = (
-        case
-        and "H100" in device
-        and num_gpus == 2
-        and ep_size == 2
-        and not virtual_ranks
-        and routing == "uniform"
-        and not idle
-    )
-    if comparable and case.bar_us:
+    bar, older = _bar_of(table, case), {}
+    if bar:
         rival = "sgl-deep-gemm 0.2.5" + ", FP8" * bool(weight_format)
-        add(f"{rival}, recorded", lambda count: _plain(case.bar_us.get(count)))
-        if any(line[0].startswith("sgl-deep-gemm 0.1.5") for line in lines):
-            add("sgl-deep-gemm 0.1.5, recorded", lambda count: _plain(case.older_us.get(count)))
-        goal = case.goal_mxfp4_us if weight_format else case.goal_us
-        add("goal", lambda count: _plain(goal.get(count)))
+        add(f"{rival}, recorded", lambda count: _plain(bar.get(count)))
+        if "H100" in device:
+            if any(line[0].startswith(OLDER) for line in lines):
+                older = case.older_us
+                add(f"{OLDER}, recorded", lambda count: _plain(older.get(count)))
+            goal = case.goal_mxfp4_us if weight_format else case.goal_us
+            add("goal", lambda count: _plain(goal.get(count)))
+    if case and _is_main(table) and ep_size in (4, 8) and not virtual_ranks and "H100" in device:
+        add(f"8 x H100, published ({case.published_from})", lambda count: _plain(case.published_us.get(count)))
     if num_gpus:
         add("floor", of_main(lambda row, us: _plain(row["roofline_us"])))
         add(
@@ -160,28 +212,60 @@ def _table(table: tuple, cells: dict[tuple, list[dict]], case) -> str:
         )
         add("TFLOPS a GPU", of_main(lambda row, us: f"{row['flops'] / us / 1e6:.3g}"))
         add("weight TB/s", of_main(lambda row, us: f"{row['bytes_weights'] / us / 1e6:.2f}"))
+    if num_gpus > 1:
+        add("NVLink MB sent, busiest GPU: roofline / kernel / counted", of_main(lambda row, us: _nvlink(row)))
+        if len(symmetric) > 1:
+            add("symmetric MiB a GPU", of_main(lambda row, us: _symmetric(row)))
     add("experts with a row, busiest GPU", of_main(lambda row, us: f"{row['active_experts_max']:.4g}"))
     add(
         "relative L2 to the specification",
         lambda count: f"{max(row['rel_l2'] for row in cells[main, count]):.1e}" if (main, count) in cells else "",
     )
-    if comparable and case.bar_us:
-        ratios = [
-            _us(cells[main, count]) / case.bar_us[count]
-            for count in tokens
-            if (main, count) in cells and count in case.bar_us
-        ]
-        if ratios:
-            out.append(
-                f"\n{main[0]} / sgl-deep-gemm 0.2.5: geometric mean {statistics.geometric_mean(ratios):.3f}, "
-                f"worst {max(ratios):.3f}, over {len(ratios)} cells."
-            )
-    return "\n".join(out) + "\n\n" + _certificate([row for found in cells.values() for row in found]) + "\n"
+    ratios = [_us(cells[main, count]) / bar[count] for count in tokens if (main, count) in cells and count in bar]
+    if ratios:
+        out.append(
+            f"\n{main[0]} / sgl-deep-gemm 0.2.5: geometric mean {statistics.geometric_mean(ratios):.3f}, "
+            f"worst {max(ratios):.3f}, over {len(ratios)} cells."
+        )
+    today = [
+        _us(found) / older[count]
+        for (line, count), found in cells.items()
+        if count in older and line[0].startswith(OLDER) and line[1] == MAIN_LINE[1]
+    ]
+    if today:
+        out.append(
+            f"\nThe machine of the day: {OLDER} in the run / recorded {statistics.geometric_mean(today):.3f}, "
+            f"{min(today):.3f} to {max(today):.3f} over {len(today)} cells."
+        )
+    return head, "\n".join(out) + "\n\n" + _certificate(cells) + "\n"
 
 
-def _certificate(rows: list[dict]) -> str:
-    """Where the numbers come from: every commit, driver and torch behind them, protocols by token count, dates."""
-    commits = sorted({row["commit"][:12] + (" with local changes" if row["dirty"] else "") for row in rows})
+def _nvlink(row: dict) -> str:
+    if not row.get("nvlink_sent"):
+        return ""
+    counted = row.get("nvlink_counted")
+    values = row["bytes_nvlink"], max(row["nvlink_sent"]), max(counted) if counted else None
+    return " / ".join("-" if value is None else f"{value / 1e6:.3g}" for value in values)
+
+
+def _symmetric(row: dict) -> str:
+    # Rows without own_capacity gave the workspace of all cases of their run
+    bytes_ = row.get("symmetric_bytes") if row.get("own_capacity") is not None else None
+    return f"{bytes_ / 2**20:.0f}" if bytes_ else ""
+
+
+def _certificate(cells: dict[tuple, list[dict]]) -> str:
+    """Where the numbers come from: every commit (with its lines, if there are several), driver and torch behind them,
+    protocols by token count, dates."""
+    rows = [row for found in cells.values() for row in found]
+    by_commit: dict[str, set[str]] = {}
+    for (line, _), found in cells.items():
+        by_commit.setdefault(_source(found[0]), set()).add(", ".join(line))
+    commits = [
+        commit + (f" ({'; '.join(sorted(lines))})" if len(by_commit) > 1 else "")
+        for commit, lines in sorted(by_commit.items())
+    ]
+    counts = [len(found) for found in cells.values()]
     drivers = sorted({str(row["driver"]) for row in rows if row["driver"]})
     by_protocol = {}
     for row in rows:
@@ -193,8 +277,9 @@ def _certificate(rows: list[dict]) -> str:
     return (
         f"<sub>{protocols}. Commit {', '.join(commits)}; torch {', '.join(sorted({row['torch'] for row in rows}))}"
         + (f"; driver {', '.join(drivers)}" if drivers else "")
-        + f"; {dates[0]}{' to ' + dates[-1] if len(dates) > 1 else ''}; {len({row['run'] for row in rows})} run(s)."
-        + "</sub>"
+        + f"; {dates[0]}{' to ' + dates[-1] if len(dates) > 1 else ''}; "
+        + ("single runs" if max(counts) == 1 else f"median (lowest-highest) of up to {max(counts)} runs a cell")
+        + ".</sub>"
     )
 
 
@@ -205,9 +290,9 @@ def _us(rows: list[dict]) -> float:
 def _us_text(rows: list[dict] | None) -> str:
     if not rows:
         return ""
-    us, times = _us(rows), [row["us"] for row in rows]
-    spread = f" ± {(max(times) - min(times)) / 2 / us:.1%}" if len(times) > 2 else ""
-    return _plain(us) + spread
+    times = [row["us"] for row in rows]
+    spread = f" ({_plain(min(times))}-{_plain(max(times))})" if len(times) > 1 else ""
+    return _plain(_us(rows)) + spread
 
 
 def _plain(value: float | None) -> str:
@@ -219,6 +304,25 @@ def splice(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"needs one line {begin} and after it one line {end}")
     return text[: text.index(begin) + len(begin)] + "\n" + block + "\n" + text[text.index(end) :]
+
+
+def panels_of(rows: list[dict], cases: dict) -> dict:
+    """The picture's panels: main lines of main tables of several GPUs."""
+    main = {}
+    for (table, line, count), found in cells_of(rows).items():
+        if table[1] > 1 and not table[3] and _is_main(table) and line == MAIN_LINE and count:
+            main[table[4], table[2], table[8] or "fp8", table[0], count] = found
+    return picture.panels_of(main, cases)
+
+
+def render_picture(rows: list[dict], cases: dict, directory: Path, readme: Path, draw: bool) -> str:
+    """A line that shows results/times.png, if that is the picture of these rows; draw: make it anew if it is not."""
+    panels, path = panels_of(rows, cases), directory / "times.png"
+    if panels and draw and not picture.is_current(panels, path):
+        print(picture.draw(panels, path))
+    if not panels or not picture.is_current(panels, path):
+        return ""
+    return f"![time over tokens]({path.resolve().relative_to(readme.resolve().parent)})\n\n"
 
 
 def render_scaling(directory: Path, readme: Path, draw: bool) -> str:
@@ -245,14 +349,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, metavar="DIR", help="where the .jsonl files are")
     args = parser.parse_args(argv)
     try:
-        block = render(read_results(args.results), load_cases())
+        rows, cases = read_results(args.results), load_cases()
+        block = render(rows, cases)
         if args.show:
             print(block)
             return 0
+        block = render_picture(rows, cases, args.results, args.readme, not args.check) + block
         before = args.readme.read_text()
         after = splice(before, block)
         if SCALING[0] in before:
             after = splice(after, render_scaling(args.results / "scaling", args.readme, not args.check), *SCALING)
+        if REPLICAS[0] in before:
+            after = splice(after, replicas_report.markdown(read_results(args.results / "replicas")), *REPLICAS)
     except (OSError, ValueError) as error:
         print(f"report.py: {args.readme.name}: {error}", file=sys.stderr)
         return 2

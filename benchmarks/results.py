@@ -1,5 +1,5 @@
 """results/*.jsonl: one measurement a line (record.Row), appended by bench.py, read by report.py; results/scaling/ the
-same of scaling.py (record.ScalingRow). Needs no torch."""
+same of scaling.py (record.ScalingRow), results/replicas/ of replicas.py (its own fields). Needs no torch."""
 
 import json
 from dataclasses import asdict
@@ -7,6 +7,7 @@ from pathlib import Path
 
 RESULTS_DIR = Path(__file__).with_name("results")
 SCALING_DIR = RESULTS_DIR / "scaling"
+REPLICAS_DIR = RESULTS_DIR / "replicas"
 
 
 def as_json(row) -> dict:
@@ -22,11 +23,16 @@ def _plain(value):
 
 def append_result(row, directory: Path = RESULTS_DIR) -> Path:
     """Append the row to the one file of its kind of machine and month: results/<device>-x<gpus>-<year-month>.jsonl."""
+    return append_json(as_json(row), directory)
+
+
+def append_json(row: dict, directory: Path) -> Path:
+    """append_result for plain values with at least device, num_gpus and date."""
     directory.mkdir(parents=True, exist_ok=True)
-    slug = "-".join("".join(char if char.isalnum() else " " for char in row.device.lower()).split())
-    path = directory / f"{slug}-x{max(row.num_gpus, 1)}-{row.date[:7]}.jsonl"
+    slug = "-".join("".join(char if char.isalnum() else " " for char in row["device"].lower()).split())
+    path = directory / f"{slug}-x{max(row['num_gpus'], 1)}-{row['date'][:7]}.jsonl"
     with path.open("a") as file:
-        file.write(json.dumps(as_json(row)) + "\n")
+        file.write(json.dumps(row) + "\n")
     return path
 
 

@@ -1,7 +1,9 @@
 """The loop over cases, routings and token counts: make the data, judge, time, and fill one result Row each."""
 
 import datetime
+import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +12,7 @@ from benchmarks.cases import Case
 from benchmarks.gate import Verdict, judge, merge, spec_rows
 from benchmarks.implementations import MegaMoE, Setup, make_baseline
 from benchmarks.inputs import make_tokens, make_weights, pick_rows, rows_of
+from benchmarks.links import count_calls, mean_sent, sent_bytes
 from benchmarks.record import Row, sm_clock_mhz
 from benchmarks.roofline import Work, count_work, floor_us, mean_work, rates_of
 from benchmarks.timing import Timing, measure, num_routings, pick_protocol
@@ -28,7 +31,7 @@ SPEC_REL_L2, SPEC_ROW_REL_L2 = 3e-3, 1e-2
 
 @dataclass(frozen=True)
 class Plan:
-    """What the command line asks for; see bench.py."""
+    """What the command line asks for; see bench.py. baseline_tokens: token counts that baselines run at, None = all."""
 
     cases: list[Case]
     tokens: list[int]
@@ -41,12 +44,13 @@ class Plan:
     check_rows: int
     check_only: bool
     num_sms: int | None
+    baseline_tokens: list[int] | None = None
 
 
 @dataclass
 class Outcome:
     """rows: measured and judged; not_run: {'case', 'impl', 'reason'} of what was asked for and could not be; errors:
-    what broke.
+    what broke; seconds: of this process, by what took them.
 
     keep: called with each timed row as soon as it exists, so that a run that ends early leaves what it measured.
     """
@@ -55,6 +59,15 @@ class Outcome:
     rows: list[Row] = field(default_factory=list)
     not_run: list[dict] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def taking(self, what: str):
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - begin
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -64,8 +77,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Cell:
-    """One (case, routing, tokens) with its data: tokens[routing][rank here], the rows to check, and the work of all
-    ranks."""
+    """One (case, routing, tokens) with its data: tokens[routing][rank here], the rows to check, the work of all ranks,
+    and the bytes that each sends."""
 
     case: Case
     routing: str
@@ -76,6 +89,7 @@ class Cell:
     tokens: list
     rows: list
     work: Work
+    sent: list[int]
     expected: dict
 
     def expect(self, setup: Setup, quantized: bool) -> list:
@@ -117,20 +131,23 @@ def run_cases(setup: Setup, plan: Plan, facts: dict, table, outcome: Outcome) ->
         if not cases:
             continue
         # closed on success only: closing is collective, and after an exception the peers may be gone
-        workspace = Workspace([config_of(case) for case in cases], ep_config, group=setup.group, device=setup.device)
-        symmetric = plan_memory(
-            [config_of(case) for case in cases], ep_config, setup.ep_size, device=setup.device
-        ).symmetric_bytes
+        with outcome.taking("workspaces and kernels"):
+            configs = [config_of(case) for case in cases]
+            workspace = Workspace(configs, ep_config, group=setup.group, device=setup.device)
         for case in cases:
-            _run_case(setup, plan, facts, table, outcome, case, tokens, workspace, symmetric or None)
-        workspace.close()
+            memory = plan_memory(config_of(case), ep_config, setup.ep_size, device=setup.device)
+            _run_case(setup, plan, facts, table, outcome, case, tokens, workspace, memory.symmetric_bytes or None)
+        with outcome.taking("workspaces and kernels"):
+            workspace.close()
 
 
 def _run_case(setup, plan, facts, table, outcome, case, token_counts, workspace, symmetric) -> None:
-    implementations = [MegaMoE(setup, case, config_of(case), workspace)]
+    with outcome.taking("weights"):
+        implementations = [MegaMoE(setup, case, config_of(case), workspace)]
     for name in plan.baselines:
         try:
-            baseline, reason = make_baseline(name, setup, case)
+            with outcome.taking("weights"):
+                baseline, reason = make_baseline(name, setup, case)
         except torch.OutOfMemoryError:
             baseline, reason = None, "its copy of the weights does not fit beside ours on this GPU"
         if baseline is None:
@@ -141,11 +158,16 @@ def _run_case(setup, plan, facts, table, outcome, case, token_counts, workspace,
     for routing in plan.routings:
         table.case(case, setup, routing, capacity)
         for num_tokens in token_counts:
-            cell = make_cell(setup, plan, case, routing, num_tokens, capacity)
-            for impl in list(implementations):
+            with outcome.taking("tokens"):
+                cell = make_cell(setup, plan, case, routing, num_tokens, capacity)
+            with_baselines = plan.baseline_tokens is None or num_tokens in plan.baseline_tokens
+            for impl in list(implementations) if with_baselines else implementations[:1]:
                 for kind in [kind for kind in plan.inputs if kind in impl.inputs] or impl.inputs[:1]:
                     try:
-                        row = run_one(setup, plan, facts, cell, impl, kind, symmetric)
+                        with outcome.taking("expected rows"):
+                            cell.expect(setup, impl.quantized)
+                        with outcome.taking(f"calls of {impl.name}"):
+                            row = run_one(setup, plan, facts, cell, impl, kind, symmetric)
                     except Exception as error:
                         if isinstance(impl, MegaMoE):
                             raise
@@ -167,16 +189,21 @@ def _run_case(setup, plan, facts, table, outcome, case, token_counts, workspace,
 def make_cell(setup: Setup, plan: Plan, case: Case, routing: str, num_tokens: int, capacity: int) -> Cell:
     protocol = pick_protocol(plan.protocol, num_tokens, setup.device.type == "cuda")
     tokens_per_rank = [num_tokens if rank < setup.ep_size - plan.idle_ranks else 0 for rank in range(setup.ep_size)]
-    tokens, works = [], []
+    tokens, works, sent = [], [], []
     for index in range(1 if plan.check_only else num_routings(protocol, num_tokens)):
         everyone = [
             make_tokens(case, rank, tokens_per_rank[rank], routing, index, setup.seed, setup.device)
             for rank in range(setup.ep_size)
         ]
-        works.append(count_work(case, [t.topk_idx for t in everyone], setup.num_units))
+        routed = [t.topk_idx.cpu() for t in everyone]
+        works.append(count_work(case, routed, setup.num_units))
+        sent.append(sent_bytes(case, routed))
         tokens.append([everyone[rank] for rank in setup.ranks_here])
     rows = [pick_rows(tokens_per_rank[rank], plan.check_rows, setup.seed, setup.device) for rank in setup.ranks_here]
-    return Cell(case, routing, num_tokens, tokens_per_rank, capacity, protocol, tokens, rows, mean_work(works), {})
+    return Cell(
+        case, routing, num_tokens, tokens_per_rank, capacity, protocol, tokens, rows, mean_work(works),
+        mean_sent(sent), {},
+    )  # fmt: skip
 
 
 def run_one(setup: Setup, plan: Plan, facts: dict, cell: Cell, impl, kind: str, symmetric: int | None) -> Row:
@@ -199,7 +226,7 @@ def run_one(setup: Setup, plan: Plan, facts: dict, cell: Cell, impl, kind: str, 
     setup.meet.barrier()
     impl.check()
     verdict = _judge_all(setup, cell, impl, outs)
-    timing, reproducible, clock = None, None, None
+    timing, reproducible, clock, counted = None, None, None, None
     if verdict.ok and not plan.check_only:
         first = [out.clone() for out in flat]
         timing = measure(cell.protocol, calls, poison, setup.meet)
@@ -217,7 +244,9 @@ def run_one(setup: Setup, plan: Plan, facts: dict, cell: Cell, impl, kind: str, 
                     verdict.num_tokens,
                     verdict.reason or "the timed path's output is not bitwise that of the first call",
                 )
-    return _fill_row(setup, plan, facts, cell, impl, kind, verdict, timing, reproducible, clock, symmetric)
+        if setup.counter is not None:  # after the timed path's output was looked at: these calls write it again
+            counted = count_calls(setup.counter, calls, setup.meet)
+    return _fill_row(setup, plan, facts, cell, impl, kind, verdict, timing, reproducible, clock, counted, symmetric)
 
 
 def _judge_all(setup: Setup, cell: Cell, impl, outs) -> Verdict:
@@ -232,7 +261,7 @@ def _judge_all(setup: Setup, cell: Cell, impl, outs) -> Verdict:
 
 def _fill_row(
     setup: Setup, plan: Plan, facts: dict, cell: Cell, impl, kind: str, verdict: Verdict, timing: Timing | None,
-    reproducible: bool | None, clock: int | None, symmetric: int | None,
+    reproducible: bool | None, clock: int | None, counted: list[int] | None, symmetric: int | None,
 ) -> Row:  # fmt: skip
     case, work, us = cell.case, cell.work, timing.us if timing else None
     rates = rates_of(facts["device"])
@@ -247,6 +276,7 @@ def _fill_row(
         num_tokens=cell.num_tokens,
         tokens_per_rank=cell.tokens_per_rank,
         capacity=cell.capacity,
+        own_capacity=plan.capacity == "cell",
         ep_size=setup.ep_size,
         virtual_ranks=setup.virtual_ranks,
         weight_format=impl.weight_format,
@@ -265,6 +295,8 @@ def _fill_row(
         bytes_weights=work.weight_bytes,
         bytes_activations=work.activation_bytes,
         bytes_nvlink=work.nvlink_bytes,
+        nvlink_sent=cell.sent if isinstance(impl, MegaMoE) and setup.one_rank_a_gpu else None,
+        nvlink_counted=counted,
         rel_l2=verdict.rel_l2,
         row_rel_l2=verdict.row_rel_l2,
         rows_checked=verdict.rows,

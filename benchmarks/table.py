@@ -23,8 +23,9 @@ class Table:
     def case(self, case: Case, setup, routing: str, capacity: int) -> None:
         ranks = f"{setup.ep_size} {'virtual ' if setup.virtual_ranks else ''}rank{'s' * (setup.ep_size > 1)}"
         self.say(
-            f"\n{case.name}: hidden {case.hidden}, intermediate {case.intermediate}, {case.num_experts} experts, "
-            f"top {case.topk}, {routing} routing; {ranks}, capacity {capacity}"
+            f"\n{case.name}: hidden {case.hidden}, intermediate {case.intermediate}, {case.num_experts} experts"
+            f"{' in MXFP4' * (case.weight_format == 'mxfp4')}, top {case.topk}, {routing} routing; {ranks}, "
+            f"capacity {capacity}"
         )
         self.say(HEADER)
 
@@ -51,8 +52,10 @@ class Table:
             )
         for entry in outcome.not_run:
             self.say(f"not run: {entry['case']}, {entry['impl']}: {entry['reason']}")
-        for line in ratios(rows):
+        for line in [*ratios(rows), *nvlink_lines(rows)]:
             self.say(line)
+        spent = sorted(outcome.seconds.items(), key=lambda item: -item[1])
+        self.say("seconds: " + ", ".join(f"{what} {seconds:.1f}" for what, seconds in spent if seconds >= 0.05))
         failed = [row for row in rows if not row.ok]
         self.say()
         for verdict in filter(None, spec_verdicts):
@@ -99,6 +102,27 @@ def ratios(rows: list[Row]) -> list[str]:
             f"tokens) to {high:.2f}x ({best.case}, {best.num_tokens} tokens)"
         )
     return lines
+
+
+def nvlink_lines(rows: list[Row]) -> list[str]:
+    """For the layer's largest call of each case: MB over NVLink, rank by rank, beside the roofline's."""
+    largest: dict[tuple, Row] = {}
+    for row in rows:
+        key = row.impl, row.case, row.weight_format, row.routing
+        if row.nvlink_sent and row.us and row.num_tokens >= getattr(largest.get(key), "num_tokens", 0):
+            largest[key] = row
+    lines = []
+    for row in largest.values():
+        counted = f", counted by the links {_megabytes(row.nvlink_counted)}" if row.nvlink_counted else ""
+        lines.append(
+            f"NVLink, {row.case}, {row.weight_format}, {row.routing}, {row.num_tokens} tokens: MB a call sent by rank "
+            f"{_megabytes(row.nvlink_sent)}{counted}; roofline, busiest rank {row.bytes_nvlink / 1e6:.1f}"
+        )
+    return lines
+
+
+def _megabytes(values: list[int]) -> str:
+    return " ".join(f"{value / 1e6:.1f}" for value in values)
 
 
 def _cell(row: Row) -> tuple:

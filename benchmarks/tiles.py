@@ -46,6 +46,7 @@ def time_tile(layer: MoELayer, block: int, inputs: list, out: torch.Tensor) -> f
         for at in inputs:
             layer((at.x, at.x_sf), at.topk_idx, at.topk_weights, out=out)
 
+    layer.workspace.fused.cuts[layer.config].clear()  # what it has chosen for this bound before
     with every_call_takes(block):
         call_all()
         torch.cuda.synchronize()

@@ -1,12 +1,13 @@
 """A cubin on the GPU: loaded once, launched many times with one by-value parameter struct.
 
-The kernel takes exactly one ``const __grid_constant__`` struct. Its bytes live at a 128-byte aligned address (what a
-struct with a CUtensorMap inside wants) behind a one-entry pointer array, and the driver copies them during the launch
-call, so the same storage serves the next call and a captured graph keeps its own copy.
+The kernel takes exactly one ``const __grid_constant__`` struct. Its bytes live at one address (a 128-byte aligned one,
+what a struct with a CUtensorMap inside wants, unless the caller's own is bound) behind a one-entry pointer array, and
+the driver copies them during the launch call, so the same storage serves the next call and a captured graph keeps its
+own copy.
 
 Host cost: building configuration and attributes anew costs about 17 us a launch through cuda.bindings; here they are
 built once per launch shape, and a launch writes the parameter bytes, the stream when it changed, and calls the driver:
-2 to 3 us of Python before the driver is entered (a stand-in driver on a server CPU).
+1.5 us (a stand-in driver on a server CPU), or half of it where the caller's struct is bound to the launch.
 """
 
 import ctypes
@@ -87,6 +88,14 @@ class LoadedKernel:
     def prepare(self, grid, block, *, cluster: int = 1, cooperative: bool = True) -> "PreparedLaunch":
         """Checks a launch shape once and builds its configuration. With `cooperative`, ValueError when the blocks
         cannot all be resident at once (the driver would refuse the launch with less to say)."""
+        return PreparedLaunch(self, *self._launch_config(grid, block, cluster, cooperative))
+
+    def bind(self, grid, block, params, *, cluster: int = 1, cooperative: bool = True) -> "BoundLaunch":
+        """The same for one struct, a ctypes.Structure or another writable buffer: every launch takes it as it is by
+        then."""
+        return BoundLaunch(self, *self._launch_config(grid, block, cluster, cooperative), params)
+
+    def _launch_config(self, grid, block, cluster: int, cooperative: bool) -> tuple:
         if self._library is None:
             raise RuntimeError(f"kernel {self.entry} is closed")
         grid, block = _three(grid, "grid"), _three(block, "block")
@@ -102,7 +111,7 @@ class LoadedKernel:
                     f"bytes of shared memory cannot be resident at once; {resident} can, on {self.num_sms} SMs. "
                     "Lower num_sms, or end what holds SMs (MPS, MIG, green contexts)"
                 )
-        return PreparedLaunch(self, grid, block, cluster, cooperative)
+        return _config(grid, block, self.smem_bytes, cluster, cooperative)
 
     def write_symbol(self, name: str, data: bytes) -> None:
         """Into an extern "C" __device__ variable of this cubin, before the launches that read it. ValueError for
@@ -136,47 +145,64 @@ class LoadedKernel:
             check(driver().cuLibraryUnload(library), "cuLibraryUnload")
 
 
-class PreparedLaunch:
-    """One launch shape of one kernel. Calls may come from several threads; they take turns."""
+class BoundLaunch:
+    """One launch shape of one kernel, and the struct that it takes, which the driver copies during the call.
 
-    def __init__(self, kernel: LoadedKernel, grid: tuple, block: tuple, cluster: int, cooperative: bool):
+    For one thread at a time, the one that writes the struct. ValueError when `params` is not as long as the kernel's
+    struct: the two descriptions of the struct differ.
+    """
+
+    def __init__(self, kernel: LoadedKernel, config, attributes: list, params):
         if not 0 < kernel.param_bytes <= MAX_PARAM_BYTES:
             raise ValueError(
                 f"{kernel.entry} takes {kernel.param_bytes} bytes of parameters; 1 to {MAX_PARAM_BYTES} "
                 "can be passed by value"
             )
-        self._cuda = driver()
-        self._kernel = kernel
-        self._function = kernel._function
-        self._config, self._attributes = _config(grid, block, kernel.smem_bytes, cluster, cooperative)
-        self._stream = None
-        self.param_bytes = kernel.param_bytes
-        self._storage = ctypes.create_string_buffer(self.param_bytes + PARAM_ALIGN)
-        self.param_address = ctypes.addressof(self._storage)
-        self.param_address += -self.param_address % PARAM_ALIGN
-        self._pointers = (ctypes.c_void_p * 1)(self.param_address)
+        self._params = (ctypes.c_char * _length(kernel, params)).from_buffer(params)  # keeps them alive
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._params))
         self._pointers_address = ctypes.addressof(self._pointers)
-        self._lock = threading.Lock()
+        self._kernel, self._function, self._cuda = kernel, kernel._function, driver()
+        self._config, self._attributes = config, attributes
+        self._stream = None
 
-    def __call__(self, stream: int, params) -> None:
-        """As LoadedKernel.launch. ValueError when `params` is not as long as the kernel's struct: the two descriptions
-        of the struct differ."""
-        data = memoryview(params).tobytes()
-        if len(data) != self.param_bytes:
-            raise ValueError(
-                f"params has {len(data)} bytes, {self._kernel.entry} takes {self.param_bytes}: "
-                "the struct's description and the compiled kernel are not of the same version"
-            )
-        with self._lock:
-            if self._kernel._library is None:
-                raise RuntimeError(f"kernel {self._kernel.entry} is closed")
-            ctypes.memmove(self.param_address, data, self.param_bytes)
-            if stream != self._stream:
-                self._config.hStream = stream
-                self._stream = stream
-            result = self._cuda.cuLaunchKernelEx(self._config, self._function, self._pointers_address, 0)
+    def __call__(self, stream: int) -> None:
+        """Launches on `stream`; returns at once."""
+        if self._kernel._library is None:
+            raise RuntimeError(f"kernel {self._kernel.entry} is closed")
+        if stream != self._stream:
+            self._config.hStream = stream
+            self._stream = stream
+        result = self._cuda.cuLaunchKernelEx(self._config, self._function, self._pointers_address, 0)
         if int(result[0]):
             check(result, f"cuLaunchKernelEx({self._kernel.entry})")
+
+
+class PreparedLaunch:
+    """One launch shape of one kernel, for any struct. Calls may come from several threads; they take turns."""
+
+    def __init__(self, kernel: LoadedKernel, config, attributes: list):
+        storage = ctypes.create_string_buffer(kernel.param_bytes + PARAM_ALIGN)
+        begin = -ctypes.addressof(storage) % PARAM_ALIGN
+        self._params = memoryview(storage).cast("B")[begin : begin + kernel.param_bytes]
+        self._launch = BoundLaunch(kernel, config, attributes, self._params)
+        self._kernel, self._lock = kernel, threading.Lock()
+
+    def __call__(self, stream: int, params) -> None:
+        """As LoadedKernel.launch."""
+        _length(self._kernel, params)
+        with self._lock:
+            self._params[:] = memoryview(params).cast("B")
+            self._launch(stream)
+
+
+def _length(kernel: LoadedKernel, params) -> int:
+    length = memoryview(params).nbytes
+    if length != kernel.param_bytes:
+        raise ValueError(
+            f"params has {length} bytes, {kernel.entry} takes {kernel.param_bytes}: "
+            "the struct's description and the compiled kernel are not of the same version"
+        )
+    return length
 
 
 def _three(value, what: str) -> tuple[int, int, int]:

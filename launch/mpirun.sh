@@ -10,8 +10,9 @@ if ! command -v mpirun >/dev/null; then
 fi
 ranks=$1
 shift
-options=(-n "$ranks" --oversubscribe)
-[[ -f $here/hosts ]] && options=(-n "$ranks" --hostfile "$here/hosts")
+# A rank has threads of its own (compiler, NCCL, NVSHMEM); bound to one core, Open MPI's default, they would share it.
+options=(-n "$ranks" --oversubscribe --bind-to none)
+[[ -f $here/hosts ]] && options=(-n "$ranks" --hostfile "$here/hosts" --bind-to none)
 # mpirun refuses root unless told; containers run as root.
 ((EUID == 0)) && options+=(--allow-run-as-root)
 forward=(PATH PYTHONPATH NCCL_NVLS_ENABLE NVSHMEM_DISABLE_NVLS TORCH_SYMM_MEM_DISABLE_MULTICAST)

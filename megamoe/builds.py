@@ -46,5 +46,5 @@ def kernel_build(
     return KernelBuild(name, "mega_moe.cu", "mega_moe", defines)
 
 
-def kernel_builds(extras: bool = False) -> tuple[KernelBuild, ...]:
-    return tuple(kernel_build(block, form, extras) for form, tiles in TILES.items() for block in tiles)
+def kernel_builds(extras: bool = False, plans: bool = False) -> tuple[KernelBuild, ...]:
+    return tuple(kernel_build(block, form, extras, plans=plans) for form, tiles in TILES.items() for block in tiles)

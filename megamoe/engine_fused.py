@@ -13,17 +13,18 @@ from torch import Tensor
 from megamoe import canaries, layout
 from megamoe.builds import kernel_build, kernel_key, needs_extras
 from megamoe.config import MoEConfig
+from megamoe.device_error import device_error
 from megamoe.errors import ErrorRecord, MegaMoEError
-from megamoe.launch_error import launch_error
 from megamoe.plan import tiles
 from megamoe.quant import mxfp4_images
 from megamoe.quant import weights as fp8_images
 from megamoe.replicas import DeviceReplicas
 from megamoe.steps import OAI_ALPHA, ExpertWeights, RankInput
+from megamoe.streams import current_stream_handle
 from megamoe_cuda.compile import CompiledKernel, compile_kernel, debug_level
 from megamoe_cuda.device import device_info
 from megamoe_cuda.gather import busy, gather
-from megamoe_cuda.launch import LoadedKernel, read_symbol_u32
+from megamoe_cuda.launch import BoundLaunch, LoadedKernel, read_symbol_u32
 from megamoe_cuda.symmetric import HostStatus, NvshmemMemory, OneGpuMemory
 
 IMAGES = {"fp8": fp8_images, "mxfp4": mxfp4_images}
@@ -86,6 +87,7 @@ class FusedWorkspace:
         self.ep_config = workspace.ep_config
         shared = any(config.num_shared_experts for config in workspace.moe_configs)
         self.ids_are_mapped = shared or self.ep_config.takes_plans
+        self.cuts: dict[MoEConfig, dict[int, tiles.Cut]] = {}  # made so far, by num_tokens_bound
         with torch.cuda.device(self.device):
             torch.cuda.current_stream().synchronize()  # makes the context current for the driver calls below
             num_sms = min(workspace.ep_config.num_sms or 10**6, device_info(self.device.index).num_sms)
@@ -103,6 +105,7 @@ class FusedWorkspace:
                 torch.zeros(local_bytes, dtype=torch.uint8, device=self.device) for _ in range(self.num_ranks)
             ]
             self.status = HostStatus(self.num_ranks * ctypes.sizeof(layout.KernelStatus))
+            self.records = list((layout.KernelStatus * self.num_ranks).from_buffer(self.status.host))
         return arena_bytes
 
     def _load_kernels(self, configs) -> dict[tuple[str, int, bool], LoadedKernel]:
@@ -165,11 +168,9 @@ class FusedWorkspace:
         if self.debug and not torch.cuda.is_current_stream_capturing():
             torch.cuda.synchronize(self.device)
             self._check_canaries()
-        records = (layout.KernelStatus * self.num_ranks).from_buffer(self.status.host)
-        found = [r for r in records if r.code]
-        if not found:
-            return
-        raise launch_error(found, self.ids_are_mapped)
+        for record in self.records:
+            if record.code:
+                raise device_error(self.records, self.ids_are_mapped)
 
     def _check_canaries(self) -> None:
         for where, memories in (("symmetric", self.memory.local), ("local", self.local)):
@@ -195,6 +196,7 @@ class FusedWorkspace:
         """Collective: gives the symmetric memory back after all ranks' work is done."""
         torch.cuda.synchronize(self.device)
         self.memory.close()
+        self.records = []  # views of what the next line frees
         self.status.close()
         for kernel in self.kernels.values():
             kernel.close()
@@ -244,6 +246,9 @@ class FusedEngine:
         slope, p.up_shift = (OAI_ALPHA, 1.0) if config.activation == "swiglu_oai" else (1.0, 0.0)
         p.gate_exponent = -slope * math.log2(math.e)
         self.ep_size = shared.ep_size
+        self.cuts, self.cut = shared.cuts.setdefault(config, {}), None
+        self.launches: dict[LoadedKernel, BoundLaunch] = {}  # of self.params
+        self.ranks = [p.ranks[i] for i in range(shared.num_ranks)]  # views, which cost less than to index each time
         # Without slots or staging memory for plans ids are slots, and the kernel does nothing for them
         self.replicas: DeviceReplicas | None = None
         if shared.ep_config.takes_plans:
@@ -328,41 +333,51 @@ class FusedEngine:
             mine.replica_map = theirs.replica_map
 
     def forward(self, inputs: list[RankInput], num_tokens_bound: int, outs: list[Tensor | None]) -> list[Tensor]:
-        shared, p = self.shared, self.params
+        # Host time of every call: what stays as it was is not written again
+        shared, p, device = self.shared, self.params, self.shared.device
+        if torch.accelerator.current_device_index() != device.index:
+            with torch.cuda.device(device):
+                return self.forward(inputs, num_tokens_bound, outs)
         shared.check()
-        _check_equal_dtypes(inputs)
-        hidden = self.config.hidden
-        outs = [
-            torch.empty(i.x.shape[0], hidden, dtype=torch.bfloat16, device=shared.device) if out is None else out
-            for i, out in zip(inputs, outs, strict=True)
-        ]
-        for rank, i, out in zip(p.ranks, inputs, outs, strict=False):
-            rank.x, rank.x_sf = i.x.data_ptr(), 0 if i.x_sf is None else i.x_sf.data_ptr()
-            rank.topk_idx, rank.topk_weights = i.topk_idx.data_ptr(), i.topk_weights.data_ptr()
-            rank.num_tokens_ptr = 0 if i.num_tokens is None else i.num_tokens.data_ptr()
-            rank.y, rank.num_tokens = out.data_ptr(), i.x.shape[0]
-        first = inputs[0]
-        p.x_is_fp8 = first.x_sf is not None
-        p.idx_is_int64 = first.topk_idx.dtype == torch.int64
-        p.weights_are_bf16 = first.topk_weights.dtype == torch.bfloat16
+        if len(inputs) > 1:
+            _check_equal_dtypes(inputs)
+        results = []
+        for rank, (x, x_sf, topk_idx, topk_weights, num_tokens), out in zip(self.ranks, inputs, outs, strict=True):
+            n = x.shape[0]
+            if out is None:
+                out = torch.empty(n, self.config.hidden, dtype=torch.bfloat16, device=device)
+            rank.x, rank.x_sf = x.data_ptr(), 0 if x_sf is None else x_sf.data_ptr()
+            rank.topk_idx, rank.topk_weights = topk_idx.data_ptr(), topk_weights.data_ptr()
+            rank.num_tokens_ptr = 0 if num_tokens is None else num_tokens.data_ptr()
+            rank.y, rank.num_tokens = out.data_ptr(), n
+            results.append(out)
+        p.x_is_fp8 = x_sf is not None
+        p.idx_is_int64 = topk_idx.dtype is torch.int64
+        p.weights_are_bf16 = topk_weights.dtype is torch.bfloat16
+        cut = self.cuts.get(num_tokens_bound) or self._new_cut(num_tokens_bound)
+        if cut is not self.cut:
+            self.cut, (_, p.order_group, p.order_lag, p.prefetch_stages, p.combine_columns, p.combine_chunks) = cut, cut
+        kernel = shared.kernels[self.config.weight_format, cut.block_tokens, self.extras]
+        launch = self.launches.get(kernel) or self._new_launch(kernel)
+        launch(current_stream_handle(device))
+        return results
 
-        block = tiles.choose_block_tokens(self.config, shared.ep_size, num_tokens_bound)
-        p.order_group, p.order_lag = tiles.tile_order(block)
-        p.prefetch_stages = tiles.prefetch_stages(self.config, shared.ep_size, num_tokens_bound)
+    def _new_cut(self, num_tokens_bound: int) -> tiles.Cut:
+        shared = self.shared
         warps = shared.ctas_per_rank * (layout.EXCHANGE_WARPS + layout.MATH_WARPS)
-        p.combine_columns = tiles.combine_columns(hidden, num_tokens_bound, warps)
-        p.combine_chunks = -(-hidden // p.combine_columns)
-        with torch.cuda.device(shared.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            kernel = shared.kernels[self.config.weight_format, block, self.extras]
-            kernel.launch(stream, shared.ctas_per_rank * shared.num_ranks, layout.NUM_THREADS, p)
-        return outs
+        self.cuts[num_tokens_bound] = cut = tiles.cut_launch(self.config, shared.ep_size, num_tokens_bound, warps)
+        return cut
+
+    def _new_launch(self, kernel: LoadedKernel) -> BoundLaunch:
+        ctas = self.shared.ctas_per_rank * self.shared.num_ranks
+        self.launches[kernel] = launch = kernel.bind(ctas, layout.NUM_THREADS, self.params)
+        return launch
 
     def check(self) -> None:
         self.shared.check()
 
     def close(self) -> None:
-        self.images = []
+        self.images, self.launches = [], {}
 
 
 def _check_equal_dtypes(inputs: list[RankInput]) -> None:

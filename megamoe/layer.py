@@ -14,8 +14,7 @@ from megamoe.config import MoEConfig
 from megamoe.engine import make_engine
 from megamoe.errors import MegaMoEError
 from megamoe.rebalance import Rebalance
-from megamoe.stats import Stats
-from megamoe.steps import RankInput
+from megamoe.stats import Counters, Stats
 from megamoe.workspace import Workspace
 
 
@@ -55,7 +54,11 @@ class MoELayer(nn.Module):
         self.workspace = workspace
         self._dtype: torch.dtype | None = None  # bf16 format: of weights and hidden_states, known from load_weights on
         self._loaded = False
-        self._calls = self._failed = self._tokens = self._input_bytes = self._output_bytes = 0
+        self._counters = Counters()
+        # Of what has passed, all layers of this config in the workspace know
+        self._check_call = workspace.call_checks.setdefault(
+            config, checks.CallChecks(config, workspace.device, workspace.ep_config.num_max_tokens_per_rank)
+        )
         self.rerounded_groups: list[dict[str, int]] | None = None  # mxfp4 format: of the last load, one a rank
         self.handle = torch_op.register(self)
         self._engine = make_engine(config, workspace)
@@ -199,14 +202,16 @@ class MoELayer(nn.Module):
             return self._forward(hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out)
 
     def _forward(self, hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out):
-        workspace, config = self.workspace, self.config
+        # Each line is host time of every call: tests/cpu/test_host_cost.py counts them
+        workspace, check = self.workspace, self._check_call
         workspace.check_open()
         if not self._loaded:
             self._take_weights()
-        capacity = workspace.ep_config.num_max_tokens_per_rank
-        bound = checks.num_tokens_bound(num_tokens_bound, capacity)
-        if workspace.ep_config.virtual_ranks is None:  # one rank needs no lists: this is host time of every call
-            columns = (hidden_states,), (topk_idx,), (topk_weights,), (num_tokens,), (out,)
+        dtype, bound = self._dtype, checks.num_tokens_bound(num_tokens_bound, check.capacity)
+        one_rank = workspace.ep_config.virtual_ranks is None
+        if one_rank:
+            inputs = [check("", hidden_states, topk_idx, topk_weights, num_tokens, out, bound, dtype)]
+            outs = [out]
         else:
             columns = [
                 self._per_rank(name, value)
@@ -215,27 +220,17 @@ class MoELayer(nn.Module):
                     ("num_tokens", num_tokens), ("out", out),
                 )
             ]  # fmt: skip
-        inputs, outs = [], []
-        for rank, (x, idx, weights, count, rank_out) in zip(self._suffixes(), zip(*columns, strict=True), strict=True):
-            x, x_sf = checks.hidden_states(config, workspace.device, rank, x, self._dtype)
-            rank_input = RankInput(x, x_sf, idx, weights, count)
-            checks.routing(config, workspace.device, rank, rank_input, bound, capacity)
-            checks.out(config, workspace.device, rank, rank_out, x, self._dtype)
-            inputs.append(rank_input)
-            outs.append(rank_out)
+            ranks = zip(self._suffixes(), *columns, strict=True)
+            inputs, outs = [check(*arguments, bound, dtype) for arguments in ranks], columns[-1]
         workspace.before_call(self.index)
         try:
             results = self._engine.forward(inputs, bound, outs)
         except MegaMoEError as error:
-            self._failed += 1
+            self._counters.failed += 1
             workspace.poison(error)
             raise
-        self._calls += 1
-        for rank_input, y in zip(inputs, results, strict=True):
-            self._tokens += y.shape[0]
-            self._input_bytes += rank_input.x.nbytes
-            self._output_bytes += y.nbytes
-        return results if workspace.ep_config.virtual_ranks is not None else results[0]
+        self._counters.add(inputs)
+        return results[0] if one_rank else results
 
     def _take_weights(self) -> None:
         source = self._weights_of
@@ -279,9 +274,11 @@ class MoELayer(nn.Module):
 
     def stats(self) -> Stats:
         """Live counters of this layer; `stats().prometheus()` is their text. Never waits."""
-        error = self.workspace.poisoned
-        return Stats(self._calls, self._failed, self._tokens, self._input_bytes, self._output_bytes,
-                     self._engine.wait_s, None if error is None else str(error))  # fmt: skip
+        error, counters = self.workspace.poisoned, self._counters
+        itemsize = self._dtype.itemsize if self._dtype is not None else torch.bfloat16.itemsize
+        return Stats(counters.calls, counters.failed, counters.tokens, counters.input_bytes,
+                     counters.tokens * self.config.hidden * itemsize, self._engine.wait_s,
+                     None if error is None else str(error))  # fmt: skip
 
     def load_counts(self) -> Load | list[Load]:
         """Rows served so far, counted on the device; a copy, made on the current stream without waiting for it.

@@ -7,11 +7,13 @@ in force always describes the weights in force, so each step leaves a legal plac
 the last.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 
 from megamoe.plan.choice import replica_map
+from megamoe.plan.relabel import match_ranks
 
 
 class Move(NamedTuple):
@@ -32,34 +34,18 @@ def default_placement(num_experts: int, ep_size: int, slots: int) -> np.ndarray:
     return placed.ravel()
 
 
-def target_placement(current: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The plan's experts of each rank in slots: those already there stay, others go to slots that the plan frees.
-
-    current: int64 [ep_size, slots]; wanted: int [ep_size, slots of the plan], at most `slots`. -> int64 like current.
-    """
-    target = np.where([np.isin(have, want) for have, want in zip(current, wanted, strict=True)], current, -1)
-    for have, want in zip(target, wanted, strict=True):
-        new = [expert for expert in want.tolist() if expert >= 0 and expert not in have]
-        have[np.flatnonzero(have == -1)[: len(new)]] = new
-    return target
-
-
-def plan_steps(current: np.ndarray, target: np.ndarray, per_step: int) -> list[list[Move]]:
+def plan_steps(current: np.ndarray, wanted: np.ndarray, per_step: int) -> list[list[Move]]:
     """Moves in steps of at most per_step received experts a rank, every expert held somewhere after each step.
 
-    current, target: int64 [ep_size, slots]. Deterministic: all ranks plan alike. ValueError where a cycle of experts
-    that wait for each other's slots needs more than per_step on one rank.
+    current: int64 [ep_size, slots]; wanted: int [ep_size, at most slots], the experts of each rank in any order, -1 =
+    none; every expert of current is in it somewhere, none twice on a rank. Deterministic: all ranks plan alike. Any
+    per_step >= 1 reaches wanted, and each rank receives only what it lacks, once.
     """
-    held = current.copy()
+    held, wants = current.copy(), [set(row[row >= 0].tolist()) for row in wanted]
     steps = []
-    while True:
-        rank, slot = np.nonzero((held != target) & (target >= 0))
-        if not len(rank):
-            return steps
-        chosen = _legal_step(held, target, list(zip(rank.tolist(), slot.tolist(), strict=True)), per_step)
+    while chosen := _Step(held, wants, per_step).chosen:
         moves = []
-        for dst_rank, dst_slot in chosen:
-            expert = int(target[dst_rank, dst_slot])
+        for expert, dst_rank, dst_slot in chosen:
             holders = np.argwhere(held == expert)
             # Receivers of one expert ask its holders in turn, so that no rank sends everything.
             src_rank, src_slot = holders[(dst_rank + dst_slot) % len(holders)].tolist()
@@ -67,48 +53,75 @@ def plan_steps(current: np.ndarray, target: np.ndarray, per_step: int) -> list[l
         for move in moves:
             held[move.dst_rank, move.dst_slot] = move.expert
         steps.append(moves)
+    return steps
 
 
-def _legal_step(held, target, open_slots, per_step):
-    # Slots that hold nothing the plan needs go first
-    copies = np.bincount(held[held >= 0], minlength=int(max(held.max(), target.max())) + 1)
-    open_slots.sort(key=lambda at: (held[at] >= 0 and copies[held[at]] == 1, at))
-    room = np.full(len(held), per_step)
-    chosen = []
-    for at in open_slots:
-        if room[at[0]]:
-            room[at[0]] -= 1
-            chosen.append(at)
-    while True:
-        left = copies.copy()
-        for at in chosen:
-            left[target[at]] += 1
-            if held[at] >= 0:
-                left[held[at]] -= 1
-        lost = [at for at in chosen if held[at] >= 0 and left[held[at]] == 0]
-        if not lost:
-            break
-        chosen.remove(lost[0])
-    return chosen or _cycle(held, target, open_slots, copies, per_step)
+class _Step:
+    """chosen: (expert, rank, slot) of one step, which happen at once; none only where nothing is missing.
 
+    There is always one: a rank that lacks an expert and has neither an empty slot nor a copy to spare holds a last copy
+    that another rank lacks. Followed from rank to rank, such copies end at a slot to spare or come back to a rank on
+    the way: a cycle, in which every rank receives one expert.
+    """
 
-def _cycle(held, target, open_slots, copies, per_step):
-    # Every open slot holds a last copy: follow one to the slot that wants it, until the chain closes
-    wants = {int(target[at]): at for at in open_slots}
-    chain = [open_slots[0]]
-    while copies[held[chain[-1]]] == 1:
-        following = wants[int(held[chain[-1]])]
-        if following in chain:
-            chain = chain[chain.index(following) :]
-            break
-        chain.append(following)
-    most = max(np.bincount([at[0] for at in chain]))
-    if most > per_step:
-        raise ValueError(
-            f"{len(chain)} experts wait for each other's slots and one rank receives {most} of them at once, more "
-            f"than the {per_step} of a step; allow more a step, or leave a redundant slot free"
-        )
-    return chain
+    def __init__(self, held, wants, per_step):
+        self.after, self.wants = held.tolist(), wants
+        self.copies = Counter(expert for row in self.after for expert in row)
+        self.missing = [wanted - set(row) for wanted, row in zip(wants, self.after, strict=True)]
+        self.room = [per_step] * len(wants)
+        self.chosen = []
+        found = True
+        while found:
+            found = False
+            for rank in sorted(range(len(wants)), key=lambda rank: -len(self.missing[rank])):
+                if self.room[rank] and self.missing[rank]:
+                    found |= self._receive(rank)
+
+    def _receive(self, start) -> bool:
+        # Breadth first over who could take what a rank must give up: giver[rank] = (giving rank, its slot)
+        giver, queue = {}, [start]
+        for rank in queue:
+            slot = self._slot_to_spare(rank)
+            if slot is not None:
+                # Of what it lacks rather a last copy: its holder can then give it up
+                arrives = min(self.missing[start], key=lambda expert: (self.copies[expert], expert))
+                self._pass_on(giver, rank, slot, start, arrives)
+                return True
+            for slot, expert in enumerate(self.after[rank]):
+                if expert in self.wants[rank]:
+                    continue
+                for taker, missing in enumerate(self.missing):
+                    if expert not in missing:
+                        continue
+                    if taker == start:
+                        self._pass_on(giver, rank, slot, start, expert)
+                        return True
+                    if self.room[taker] and taker not in giver:
+                        giver[taker] = rank, slot
+                        queue.append(taker)
+        return False
+
+    def _slot_to_spare(self, rank):
+        row, wanted = self.after[rank], self.wants[rank]
+        if -1 in row:
+            return row.index(-1)
+        return next((s for s, expert in enumerate(row) if expert not in wanted and self.copies[expert] > 1), None)
+
+    def _pass_on(self, giver, rank, slot, start, arrives):
+        # From the end of the chain to its start, which receives what closes it or comes from outside
+        while rank != start:
+            before, its_slot = giver[rank]
+            self._put(self.after[before][its_slot], rank, slot)
+            rank, slot = before, its_slot
+        self._put(arrives, start, slot)
+
+    def _put(self, expert, rank, slot):
+        self.copies[self.after[rank][slot]] -= 1
+        self.copies[expert] += 1
+        self.after[rank][slot] = expert
+        self.missing[rank].remove(expert)
+        self.room[rank] -= 1
+        self.chosen.append((expert, rank, slot))
 
 
 class Rebalance:
@@ -127,8 +140,8 @@ class Rebalance:
         # Its errors now, not half-way
         engine.check_fits(replica_map(plan_row.ravel(), self._experts, len(plan_row), **self._args))
         current = engine.placement.reshape(engine.ep_size, -1)
-        self._target = target_placement(current, plan_row)
-        self._steps = plan_steps(current, self._target, per_step)
+        self._wanted = plan_row[match_ranks(current, plan_row, num_nodes)]
+        self._steps = plan_steps(current, self._wanted, per_step)
         self._staged: list[Move] | None = None
         self._done = 0
         self._version = engine.placement_version
@@ -161,11 +174,13 @@ class Rebalance:
 
     def _apply(self) -> None:
         moves = self._staged or []
-        placed = self._engine.placement.reshape(self._target.shape).copy()
+        placed = self._engine.placement.reshape(len(self._wanted), -1).copy()
         for move in moves:
             placed[move.dst_rank, move.dst_slot] = move.expert
         last = self._done == len(self._steps)
-        placed = self._target if last else placed  # the last step also gives up the copies that the plan does not want
+        if last:  # it also gives up the copies that the plan does not want
+            wanted = [np.isin(have, want) for have, want in zip(placed, self._wanted, strict=True)]
+            placed = np.where(wanted, placed, -1)
         replicas = replica_map(placed.ravel(), self._experts, len(placed), **self._args)
         self._engine.apply(moves, placed.ravel(), replicas)
         self._version, self._staged = self._engine.placement_version, None

@@ -54,7 +54,8 @@ class DeviceReplicas:
             return
         for name, value, limit in (
             ("num_experts", replicas.num_logical_experts, layout.MAX_LOGICAL_EXPERTS),
-            ("copies", len(replicas.copy), layout.MAX_COPIES),
+            # Not the plan's copies: on the way to it old ones are still held
+            ("slots of all ranks", self.slots * self.ep_size, layout.MAX_COPIES),
         ):
             if value > limit:
                 raise ValueError(

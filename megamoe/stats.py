@@ -1,6 +1,25 @@
 """What a layer has done so far, from what the host knows at each launch: nothing is read back from a device."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a layer counts; apart from it, since nn.Module takes 2 us for each attribute that is set."""
+
+    calls: int = 0
+    failed: int = 0
+    tokens: int = 0
+    input_bytes: int = 0
+
+    def add(self, inputs) -> None:
+        """A call that was taken. inputs: RankInput of each rank here."""
+        self.calls += 1
+        for rank_input in inputs:
+            x = rank_input.x
+            self.tokens += x.shape[0]
+            self.input_bytes += x.nbytes
 
 
 class Stats(NamedTuple):

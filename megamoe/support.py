@@ -99,11 +99,6 @@ def _device_reasons(
         reasons.append(
             f"weight_format={config.weight_format!r} runs on CPU only; use device='cpu', weight_format='fp8' or 'mxfp4'"
         )
-    if config.weight_format == "mxfp4" and ep_config is not None and ep_config.takes_plans:
-        reasons.append(
-            "weight_format='mxfp4' with num_redundant_slots_per_rank or num_staged_experts has no kernel yet; set both "
-            "to 0, or use weight_format='fp8' or device='cpu'"
-        )
     if not torch.cuda.is_available():
         return [
             *reasons,

@@ -8,13 +8,33 @@ compiled once and called for many layers is traced again for each, up to torch._
 """
 
 import itertools
+from collections.abc import Callable, Sequence
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+_library = torch.library.Library("megamoe", "FRAGMENT")
 _handles = itertools.count(1)
 _layers: WeakValueDictionary = WeakValueDictionary()
+
+
+def operator(fake: Callable, mutates_args: Sequence[str] = ()) -> Callable:
+    """Decorator: a function as torch.ops.megamoe's operator of its name, `fake` with the same arguments its shapes.
+
+    As torch.library.custom_op, without its wrappers around each call, which take 7 us, and more inside a compiled
+    graph. They would look after gradients, which these operators have none of, and results that alias arguments.
+    """
+
+    def define(function: Callable) -> Callable:
+        name = function.__name__
+        schema = name + torch.library.infer_schema(function, mutates_args=mutates_args)
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"megamoe::{name}", fake, lib=_library)
+        return function
+
+    return define
 
 
 def register(layer) -> int:
@@ -35,7 +55,11 @@ def _arguments(x: Tensor, x_sf: Tensor | None, num_tokens_bound: int) -> tuple:
     return (x if x_sf is None else (x, x_sf)), (None if num_tokens_bound < 0 else num_tokens_bound)
 
 
-@torch.library.custom_op("megamoe::moe_layer", mutates_args=())
+def _fake_moe_layer(x, x_sf, topk_idx, topk_weights, num_tokens, handle, num_tokens_bound):
+    return torch.empty_like(x, dtype=torch.bfloat16 if x_sf is not None else x.dtype)
+
+
+@operator(fake=_fake_moe_layer)
 def moe_layer(
     x: Tensor, x_sf: Tensor | None, topk_idx: Tensor, topk_weights: Tensor, num_tokens: Tensor | None, handle: int,
     num_tokens_bound: int,
@@ -45,12 +69,7 @@ def moe_layer(
     return _layer(handle)(hidden_states, topk_idx, topk_weights, num_tokens=num_tokens, num_tokens_bound=bound)
 
 
-@moe_layer.register_fake
-def _(x, x_sf, topk_idx, topk_weights, num_tokens, handle, num_tokens_bound):
-    return torch.empty_like(x, dtype=torch.bfloat16 if x_sf is not None else x.dtype)
-
-
-@torch.library.custom_op("megamoe::moe_layer_out", mutates_args=("out",))
+@operator(fake=lambda *arguments: None, mutates_args=("out",))
 def moe_layer_out(
     x: Tensor, x_sf: Tensor | None, topk_idx: Tensor, topk_weights: Tensor, num_tokens: Tensor | None, handle: int,
     num_tokens_bound: int, out: Tensor,
@@ -58,11 +77,6 @@ def moe_layer_out(
     """The same with out=."""
     hidden_states, bound = _arguments(x, x_sf, num_tokens_bound)
     _layer(handle)(hidden_states, topk_idx, topk_weights, num_tokens=num_tokens, num_tokens_bound=bound, out=out)
-
-
-@moe_layer_out.register_fake
-def _(x, x_sf, topk_idx, topk_weights, num_tokens, handle, num_tokens_bound, out):
-    return None
 
 
 def call(layer, hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out) -> Tensor:

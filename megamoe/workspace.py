@@ -12,7 +12,7 @@ from megamoe.config import EPConfig, MoEConfig
 from megamoe.domains.places import Place, check_domains, domains_of, place_of
 from megamoe.errors import MegaMoEError, absent_ranks_named
 from megamoe.exchange import DistExchange, LocalExchange
-from megamoe.streams import StreamOwner
+from megamoe.streams import StreamOwner, current_stream_handle
 from megamoe.support import support
 from megamoe_cuda.gather import gather
 
@@ -62,6 +62,7 @@ class Workspace:
         self.ep_rank = dist.get_rank(group) if group is not None else 0
         self.streams, self.order = StreamOwner(), call_order(group, ep_config.arrive_deadline_s)
         self.index, self.layers = next_workspace_index(), []
+        self.call_checks = {}  # of its layers, by MoEConfig
         self.num_ranks_here = ep_config.virtual_ranks or 1
         self.ep_size = ep_config.virtual_ranks or group_size
         with absent_ranks_named():
@@ -104,7 +105,7 @@ class Workspace:
 
     def before_call(self, layer_index: int) -> None:
         """What every call of a layer begins with: one stream at a time, the same order on all ranks (MEGAMOE_DEBUG)."""
-        if self.is_cuda:
+        if self.is_cuda and current_stream_handle(self.device) != self.streams.handle:
             stream = torch.cuda.current_stream(self.device)
             self.streams.check(stream, torch.cuda.is_current_stream_capturing)
         if self.order is not None:

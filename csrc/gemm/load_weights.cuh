@@ -31,8 +31,8 @@ MOE_DEVICE void prefetch_first_tile(const Launch& l) {
     const u32 n_blocks = l.n_blocks1(), experts = l.p.num_local_experts, k_blocks = l.p.hidden / kKBlock;
     u32 expert = l.cta / n_blocks, n_block = l.cta % n_blocks;
     if constexpr (C::kCluster > 1) {
-        const u32 pair = l.cta / 2, group = min_u32(l.p.order_group, experts);
-        expert = pair % group, n_block = 2 * (pair / group) + l.cta % 2;
+        const u32 n_pairs = ceil_div(n_blocks, 2);
+        expert = l.cta / 2 / n_pairs, n_block = l.cta / 2 % n_pairs * 2 + l.cta % 2;
     }
     const u32 stages = min_u32(static_cast<u32>(l.p.prefetch_stages), k_blocks);
     if (stages == 0 || expert >= experts || n_block >= n_blocks) return;

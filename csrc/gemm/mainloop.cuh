@@ -48,9 +48,9 @@ MOE_DEVICE void accumulate_stage_weights_on_m(Accumulator<C>& out, const Stage& 
 }
 
 template <class C>
-MOE_DEVICE void wait_stage(SharedStorage<C>& s, const RingPosition<kStages<C>>& stage) {
-    wait_mbarrier(&s.weights_full[stage.slot()], stage.consumer_parity());
-    wait_mbarrier(&s.tokens_full[stage.slot()], stage.consumer_parity());
+MOE_DEVICE void wait_stage(SharedStorage<C>& s, u32 slot, u32 parity) {
+    wait_mbarrier(&s.weights_full[slot], parity);
+    wait_mbarrier(&s.tokens_full[slot], parity);
 }
 
 template <class C>
@@ -59,7 +59,7 @@ MOE_DEVICE void accumulate_weights_on_m(const Launch& l, SharedStorage<C>& s, Ac
     const u32 lane = lane_id(), warp = warp_id(), warpgroup = __shfl_sync(~0u, warp / 4, 0);
     const bool second = t.kind == kTile_linear2;
     for (u32 k = 0; k < k_blocks; ++k) {
-        wait_stage(s, stage);
+        wait_stage(s, stage.slot(), stage.consumer_parity());
         if (k == 0 && warp % 4 == 0) trace(l, s, kTrace_math0 + warpgroup, kEvent_first_stage, t.number);
         if (!second) ptx::fence_proxy_async_shared();  // gathered rows were written by the generic proxy
         accumulate_stage_weights_on_m(out, s.stages[stage.slot()], warpgroup, second, lane,
@@ -68,85 +68,110 @@ MOE_DEVICE void accumulate_weights_on_m(const Launch& l, SharedStorage<C>& s, Ac
     }
 }
 
-// Scale factors of a thread's two rows, and of the half's even and odd 8-column blocks. linear1: 8 gate columns, then 8
-// up columns; linear2: a half of 128 columns shares one.
+// Scale factors of a thread's two rows (r, r + 8), and of the image's two halves.
 struct Scales {
-    f32 low, high, even, odd;
+    f32 low, high, half[2];
 };
 
-template <class Stage>
-MOE_DEVICE Scales read_scales(const Stage& stage, bool second, u32 half) {
-    const u32 row = warp_id() * 16 + lane_id() / 4;
-    const f32 sf0 = stage.weights_sf[0], sf1 = stage.weights_sf[1];
-    return {stage.tokens_sf[row], stage.tokens_sf[row + 8], second && half ? sf1 : sf0, second && !half ? sf0 : sf1};
+// tokens_sf: shared address of the first row's.
+template <class C>
+MOE_DEVICE Scales read_scales(u32 stage, u32 tokens_sf) {
+    constexpr u32 kWeightsSf = C::kTokensBytes + C::kImageSfOffset;
+    return {ptx::ld_shared_f32(tokens_sf),
+            ptx::ld_shared_f32(tokens_sf + 32),
+            {ptx::ld_shared_f32(stage + kWeightsSf), ptx::ld_shared_f32(stage + kWeightsSf + 4)}};
 }
 
-// Products only from here on: the assembler would wait for the loads between two instructions of the tensor cores.
-MOE_DEVICE void computed_here(Scales& f) { asm volatile("" : "+f"(f.low), "+f"(f.high), "+f"(f.even), "+f"(f.odd)); }
+// Products only from here on: made earlier, the assembler waits for the loads between two instructions of the tensor
+// cores.
+MOE_DEVICE void computed_here(Scales& f) {
+    asm volatile("" : "+f"(f.low), "+f"(f.high), "+f"(f.half[0]), "+f"(f.half[1]));
+}
 
-MOE_DEVICE void promote_tokens_on_m(f32 (&sum)[64], const f32 (&acc)[64], const Scales& f) {
-    const f32 scale[2][2] = {{f.low * f.even, f.high * f.even}, {f.low * f.odd, f.high * f.odd}};
+// even, odd: which half's factor the 8-column blocks of the accumulators take.
+MOE_DEVICE void promote_tokens_on_m(f32 (&sum)[64], const f32 (&acc)[64], f32 low_even, f32 low_odd, f32 high_even,
+                                    f32 high_odd) {
 #pragma unroll
     for (u32 j = 0; j < 16; ++j) {
-        sum[4 * j + 0] += acc[4 * j + 0] * scale[j % 2][0];
-        sum[4 * j + 1] += acc[4 * j + 1] * scale[j % 2][0];
-        sum[4 * j + 2] += acc[4 * j + 2] * scale[j % 2][1];
-        sum[4 * j + 3] += acc[4 * j + 3] * scale[j % 2][1];
+        sum[4 * j + 0] += acc[4 * j + 0] * (j % 2 ? low_odd : low_even);
+        sum[4 * j + 1] += acc[4 * j + 1] * (j % 2 ? low_odd : low_even);
+        sum[4 * j + 2] += acc[4 * j + 2] * (j % 2 ? high_odd : high_even);
+        sum[4 * j + 3] += acc[4 * j + 3] * (j % 2 ? high_odd : high_even);
     }
 }
 
-// A warpgroup's 64 rows by the half's 128 weight rows.
-template <class Stage>
-MOE_DEVICE void issue_half(f32 (&acc)[64], const Stage& stage, u32 half) {
-    const u32 base = __shfl_sync(~0u, ptx::shared_address(stage.tokens), 0);  // uniform: descriptors cost one move each
-    const u32 warpgroup = __shfl_sync(~0u, warp_id() / 4, 0);
-    const u64 a = ptx::descriptor_k_major_128b(base + warpgroup * kSlabBytes);
-    const u64 b = ptx::descriptor_k_major_128b(base + 2 * kSlabBytes);
+// linear1: 8 gate columns, then 8 up columns, each with its own factor; linear2: a half of 128 columns shares one.
+template <bool kSecond, u32 kHalf>
+MOE_DEVICE void promote_half(f32 (&sum)[64], const f32 (&acc)[64], const Scales& f) {
+    constexpr u32 kEven = kSecond ? kHalf : 0, kOdd = kSecond ? kHalf : 1;
+    promote_tokens_on_m(sum, acc, f.low * f.half[kEven], f.low * f.half[kOdd], f.high * f.half[kEven],
+                        f.high * f.half[kOdd]);
+}
+
+// A warpgroup's 64 rows by 128 weight rows. Both: low words of descriptors, the same in all lanes.
+MOE_DEVICE void issue_half(f32 (&acc)[64], u32 tokens, u32 weights) {
     ptx::wgmma_fence_operands(acc);
     ptx::wgmma_fence();
-    mma_k_block<128>(acc, a, b + half * (2 * kSlabBytes >> 4));
+#pragma unroll
+    for (u32 k = 0; k < 4; ++k)
+        ptx::Wgmma<128>::mma(acc, ptx::descriptor_k_major_128b_of(tokens + 2 * k),
+                             ptx::descriptor_k_major_128b_of(weights + 2 * k), k != 0);
     ptx::wgmma_commit();
 }
 
 // Two halves of 128 weight rows share one set of accumulators: a half is multiplied, then promoted. What else a stage
-// needs is done while the tensor cores work: scale factors are read, the next stage is waited for. In line, all of it
-// took 1900 cycles a stage, of which the tensor cores need 1024 for both warpgroups (benchmarks/notes/0004).
-template <class C>
-MOE_DEVICE void accumulate_tokens_on_m(const Launch& l, SharedStorage<C>& s, Accumulator<C>& out,
-                                       RingPosition<kStages<C>>& stage, const TileSlot& t, u32 k_blocks) {
-    const bool second = t.kind == kTile_linear2;
-    wait_stage(s, stage);
-    if (warp_id() % 4 == 0) trace(l, s, kTrace_math0 + warp_id() / 4, kEvent_first_stage, t.number);
+// needs is done while the tensor cores work on it: its scale factors are read, the next stage is waited for. The other
+// warpgroup's products fill the promotions, as long as nothing else stands between: with addresses made from the ring's
+// position where they are used, a stage took 1600 cycles, of which the tensor cores need 1024 for both warpgroups
+// (benchmarks/notes/0006). So the stage follows from the loop's counter, which stays in uniform registers.
+template <bool kSecond, class C>
+MOE_DEVICE void accumulate_tokens_on_m(SharedStorage<C>& s, Accumulator<C>& out, RingPosition<kStages<C>>& stage,
+                                       u32 k_blocks) {
+    constexpr u32 kTokensSf = C::kTokensBytes + C::kImageSfOffset + 16;
+    const u32 group = __shfl_sync(~0u, warp_id() / 4, 0) * (kSlabBytes >> 4);
+    const u32 row_sf = kTokensSf + (warp_id() * 16 + lane_id() / 4) * 4;
+    u32 at = ptx::shared_address(s.stages[stage.slot()].tokens);
 #pragma unroll 1
     for (u32 left = k_blocks; left != 0;) {
         f32 acc[64];
-        issue_half(acc, s.stages[stage.slot()], 0);
-        Scales scales = read_scales(s.stages[stage.slot()], second, 0);
+        const u32 low = ptx::descriptor_low(__shfl_sync(~0u, at, 0)), weights = low + (C::kTokensBytes >> 4);
+        issue_half(acc, low + group, weights);
+        const Scales f = read_scales<C>(at, at + row_sf);
         ptx::wgmma_wait<0>();
         ptx::wgmma_fence_operands(acc);
-        computed_here(scales);
-        promote_tokens_on_m(out.sum[0], acc, scales);
-        issue_half(acc, s.stages[stage.slot()], 1);
-        scales = read_scales(s.stages[stage.slot()], second, 1);
+        promote_half<kSecond, 0>(out.sum[0], acc, f);
+        issue_half(acc, low + group, weights + (2 * kSlabBytes >> 4));
         const u32 done = stage.slot();
         stage.advance();
-        if (--left != 0) wait_stage(s, stage);
+        at = ptx::shared_address(s.stages[stage.slot()].tokens);
+        if (--left != 0) wait_stage(s, stage.slot(), stage.consumer_parity());
         ptx::wgmma_wait<0>();
         ptx::wgmma_fence_operands(acc);
         release_stage<C::kCluster>(&s.stage_empty[done], lane_id());
-        computed_here(scales);
-        promote_tokens_on_m(out.sum[1], acc, scales);
+        promote_half<kSecond, 1>(out.sum[1], acc, f);
     }
+}
+
+template <class C>
+MOE_DEVICE void accumulate_tokens_on_m(const Launch& l, SharedStorage<C>& s, Accumulator<C>& out,
+                                       RingPosition<kStages<C>>& stage, const TileSlot& t) {
+    wait_stage(s, stage.slot(), stage.consumer_parity());
+    if (warp_id() % 4 == 0) trace(l, s, kTrace_math0 + warp_id() / 4, kEvent_first_stage, t.number);
+    if (t.kind == kTile_linear2) accumulate_tokens_on_m<true>(s, out, stage, l.p.intermediate / kKBlock);
+    else accumulate_tokens_on_m<false>(s, out, stage, l.p.hidden / kKBlock);
 }
 
 // All K of one tile.
 template <class C>
 MOE_DEVICE void accumulate(const Launch& l, SharedStorage<C>& s, Accumulator<C>& out, RingPosition<kStages<C>>& stage,
                            const TileSlot& t) {
-    const u32 k_blocks = (t.kind == kTile_linear2 ? l.p.intermediate : l.p.hidden) / kKBlock;
     clear(out);
-    if constexpr (C::kWeightsOnM) accumulate_weights_on_m(l, s, out, stage, t, k_blocks);
-    else accumulate_tokens_on_m(l, s, out, stage, t, k_blocks);
+    if constexpr (C::kWeightsOnM) {
+        const u32 k_blocks = (t.kind == kTile_linear2 ? l.p.intermediate : l.p.hidden) / kKBlock;
+        accumulate_weights_on_m(l, s, out, stage, t, k_blocks);
+    } else {
+        accumulate_tokens_on_m(l, s, out, stage, t);
+    }
 }
 
 }  // namespace moe

@@ -127,28 +127,41 @@ MOE_DEVICE void read_permuted(const Word* row, u32 column, Word (&words)[4]) {
     for (u32 i = 0; i < 4; ++i) words[i] = group[column / 16 % 8 + 8 * i];
 }
 
-// One row to every rank of `dst_mask`: 512 columns a step, 16 e4m3 a lane.
+constexpr i32 kPushLoads = 4;  // of 16 bytes that a lane has in flight: a row of 4096 e4m3 takes one latency
+
+// One row to every rank of `dst_mask`, 16 e4m3 a lane at a time.
 template <class C>
 MOE_DEVICE void push_row(const Launch& l, u32 token, u32 dst_mask, u32 lane) {
     const u32 me = l.me.ep_rank, hidden = l.p.hidden, groups = hidden / kKBlock;
     if (l.p.x_is_fp8) {
         const u8* x = reinterpret_cast<const u8*>(l.me.x) + u64(token) * hidden;
         const f32* x_sf = reinterpret_cast<const f32*>(l.me.x_sf) + u64(token) * groups;
-#pragma unroll 4
-        for (u32 column = lane * 16; column < hidden; column += 512) {
-            uint4 v;
-            if constexpr (C::kIsMxfp4) {
-                u32 words[4];
-                read_permuted(reinterpret_cast<const u32*>(x), column, words);
-                v = make_uint4(words[0], words[1], words[2], words[3]);
-            } else {
-                v = *reinterpret_cast<const uint4*>(x + column);
+        f32 first_sf = 0;
+        if (lane < groups) first_sf = x_sf[lane];
+#pragma unroll 1
+        for (i32 left = hidden - lane * 16; left > 0; left -= kPushLoads * 512) {
+            const u32 column = hidden - left;
+            uint4 v[kPushLoads];
+#pragma unroll
+            for (i32 i = 0; i < kPushLoads; ++i) {
+                if (i * 512 >= left) continue;
+                if constexpr (C::kIsMxfp4) {
+                    u32 words[4];
+                    read_permuted(reinterpret_cast<const u32*>(x), column + i * 512, words);
+                    v[i] = make_uint4(words[0], words[1], words[2], words[3]);
+                } else {
+                    v[i] = reinterpret_cast<const uint4*>(x + column)[i * 32];
+                }
             }
-            for (u32 rest = dst_mask; rest; rest &= rest - 1)
-                ptx::st_v4(l.recv_x(__ffs(rest) - 1, me, token) + column, v);
+            for (u32 rest = dst_mask; rest; rest &= rest - 1) {
+                u8* to = l.recv_x(__ffs(rest) - 1, me, token) + column;
+#pragma unroll
+                for (i32 i = 0; i < kPushLoads; ++i)
+                    if (i * 512 < left) ptx::st_v4(to + i * 512, v[i]);
+            }
         }
         for (u32 g = lane; g < groups; g += 32) {
-            const f32 sf = x_sf[g];
+            const f32 sf = g == lane ? first_sf : x_sf[g];
             for (u32 rest = dst_mask; rest; rest &= rest - 1) l.recv_x_sf(__ffs(rest) - 1, me, token)[g] = sf;
         }
         return;
@@ -198,15 +211,23 @@ MOE_DEVICE void push_rows(const Launch& l, SharedStorage<C>& s) {
     constexpr u32 kBatch = 4;
     const u32 lane = lane_id(), stride = item_stride(l), me = l.me.ep_rank;
     for (u32 first = first_item(l); first < l.num_tokens; first += kBatch * stride) {
-        u32 masks = 0;  // lane b: destination ranks of the batch's token b
-#pragma unroll 1
-        for (u32 b = 0, token = first; b < kBatch && token < l.num_tokens; ++b, token += stride) {
-            const i32 id = lane < l.p.topk ? row_slot_idx(l, by_counts, token, lane) : -1;
-            const bool valid = id >= 0 && id < static_cast<i32>(l.num_experts());
-            const u32 mask = __reduce_or_sync(~0u, valid ? 1u << (static_cast<u32>(id) / l.p.num_local_experts) : 0u);
-            if (lane == b) masks = mask;
-            push_row<C>(l, token, mask, lane);
+        i32 ids[kBatch];  // all of the batch before the first row: one latency
+#pragma unroll
+        for (u32 b = 0; b < kBatch; ++b) {
+            const u32 token = computed_here(first) + b * stride;
+            ids[b] = lane < l.p.topk && token < l.num_tokens ? row_slot_idx(l, by_counts, token, lane) : -1;
         }
+        u32 masks = 0;  // lane b: destination ranks of the batch's token b
+#pragma unroll
+        for (u32 b = 0; b < kBatch; ++b) {
+            const bool valid = ids[b] >= 0 && ids[b] < static_cast<i32>(l.num_experts());
+            const u32 owner = valid ? 1u << (static_cast<u32>(ids[b]) / l.p.num_local_experts) : 0u;
+            const u32 mask = __reduce_or_sync(~0u, owner);
+            if (lane == b) masks = mask;
+        }
+#pragma unroll 1
+        for (u32 b = 0, token = first; b < kBatch && token < l.num_tokens; ++b, token += stride)
+            push_row<C>(l, token, __shfl_sync(~0u, masks, b), lane);
         __syncwarp();
         ptx::fence_acq_rel_sys();
         for (u32 b = 0; b < kBatch; ++b) {

@@ -27,41 +27,44 @@ MOE_DEVICE void publish_row(const Launch& l, u32 place, u32 lane) {
 
 // A row on its way: six loads of 16 bytes a lane, 3072 columns.
 struct RowPiece {
-    static constexpr u32 kLoads = 6, kColumns = kLoads * 512;
+    static constexpr i32 kLoads = 6, kColumns = kLoads * 512;
     uint4 v[kLoads];
 
-    MOE_DEVICE void load(const u8* row, u32 column, u32 hidden) {
+    // left: columns from the lane's first on.
+    MOE_DEVICE void load(const u8* from, i32 left) {
 #pragma unroll
-        for (u32 i = 0; i < kLoads; ++i)
-            if (column + i * 512 < hidden) v[i] = ptx::ld_cg_v4(row + column + i * 512);
+        for (i32 i = 0; i < kLoads; ++i)
+            if (i * 512 < left) v[i] = ptx::ld_cg_v4(from + i * 512);
     }
-    // image: of the row's block; a 512-column step is four k blocks on.
+    // to: the lane's place in the first image; a 512-column step is four k blocks on.
     template <class C>
-    MOE_DEVICE void store(u8* image, u32 r, u32 column, u32 hidden) const {
-        u8* to = image + column / kKBlock * C::kHImageBytes + swizzle_128b(r, column % kKBlock);
+    MOE_DEVICE void store(u8* to, i32 left) const {
 #pragma unroll
-        for (u32 i = 0; i < kLoads; ++i)
-            if (column + i * 512 < hidden) ptx::st_v4(to + i * (512 / kKBlock) * C::kHImageBytes, v[i]);
+        for (i32 i = 0; i < kLoads; ++i)
+            if (i * 512 < left) ptx::st_v4(to + i * i32(512 / kKBlock * C::kHImageBytes), v[i]);
     }
 };
 
 // One row, and then the flag of the row before it: the wait for that one's stores hides behind these loads.
 template <class C>
 MOE_DEVICE void copy_row(const Launch& l, u32 name, u32 place, u32 place_before, u32 lane) {
-    const u32 hidden = l.p.hidden, me = l.me.ep_rank, r = place % C::kBlockTokens;
-    const u8* row = l.recv_x(me, row_src_rank(name), row_token(name));
-    u8* image = l.x_image(place / C::kBlockTokens, 0, C::kHImageBytes);
+    const u8* from = l.recv_x(l.me.ep_rank, row_src_rank(name), row_token(name)) + lane * 16;
+    u8* to = l.x_image(place / C::kBlockTokens, lane / 8, C::kHImageBytes) +
+             swizzle_128b(place % C::kBlockTokens, lane % 8 * 16);
 #pragma unroll 1
-    for (u32 base = 0; base < hidden; base += RowPiece::kColumns) {
+    for (i32 left = l.p.hidden; left > 0; left -= RowPiece::kColumns) {
         RowPiece piece;
-        piece.load(row, base + lane * 16, hidden);
-        if (base == 0 && place_before != ~0u) publish_row(l, place_before, lane);
-        piece.store<C>(image, r, base + lane * 16, hidden);
+        piece.load(from, left - i32(lane * 16));
+        if (place_before != ~0u) publish_row(l, place_before, lane);
+        place_before = ~0u;
+        piece.store<C>(to, left - i32(lane * 16));
+        from += RowPiece::kColumns, to += RowPiece::kColumns / kKBlock * C::kHImageBytes;
     }
-    const f32* sf = l.recv_x_sf(me, row_src_rank(name), row_token(name));
+    const f32* sf = l.recv_x_sf(l.me.ep_rank, row_src_rank(name), row_token(name));
+    u8* to_sf = l.x_image(place / C::kBlockTokens, 0, C::kHImageBytes) + C::kTokensBytes + place % C::kBlockTokens * 4;
 #pragma unroll 1
-    for (u32 k = lane; k < hidden / kKBlock; k += 32)
-        reinterpret_cast<f32*>(image + k * C::kHImageBytes + C::kTokensBytes)[r] = ptx::ld_cg(sf + k);
+    for (u32 k = lane; k < l.p.hidden / kKBlock; k += 32)
+        *reinterpret_cast<f32*>(to_sf + k * C::kHImageBytes) = ptx::ld_cg(sf + k);
 }
 
 // One warp, every lane for itself. False: lost.
@@ -72,25 +75,34 @@ MOE_DEVICE bool wait_row(const Launch& l, u32 name) {
     return __all_sync(~0u, here);
 }
 
+// Of the lanes' rows, those that are here.
+MOE_DEVICE u32 rows_here(const Launch& l, u32 name, bool valid) {
+    const u32* flag = l.x_ready(l.me.ep_rank, row_src_rank(name), row_token(name));
+    const u32 here = __ballot_sync(~0u, valid && ptx::ld_acquire_sys(flag) == l.epoch);
+    __syncwarp();  // the lanes' acquires, before the warp reads what they announced
+    return here;
+}
+
 // The exchange warps, in the list's order, which is the order of the tiles. 32 rows are looked up at once, a lane each.
 template <class C>
 MOE_DEVICE void permute_rows(const Launch& l, SharedStorage<C>& s) {
     while (!ptx::ld_acquire_cta_shared(&s.plan_done)) {  // set however the plan ends
     }
-    const u32 lane = lane_id(), rows = s.row_offset[kMaxLocalExperts], stride = item_stride(l);
     if (!__shfl_sync(~0u, s.healthy, 0)) return;  // lost; combine ends by itself
+    const u32 lane = lane_id(), rows = s.row_offset[kMaxLocalExperts];
     u32 place_before = ~0u;
 #pragma unroll 1
-    for (u32 first = first_item(l); first < rows; first += 32 * stride) {
-        const u32 mine = first + lane * stride;
+    for (u32 first = first_item(l); first < rows; first += 32 * item_stride(l)) {
+        const u32 mine = first + lane * item_stride(l);
         const u32 names = mine < rows ? ptx::ld_cg(l.row_list() + mine) : 0, places = place_in_images(s, mine);
-        const u32* flag = l.x_ready(l.me.ep_rank, row_src_rank(names), row_token(names));
-        const u32 here = __ballot_sync(~0u, mine < rows && ptx::ld_acquire_sys(flag) == l.epoch);
-        __syncwarp();  // the lanes' acquires, before the warp reads what they announced
+        u32 here = rows_here(l, names, mine < rows);
 #pragma unroll 1
-        for (u32 i = 0; i < 32 && first + i * stride < rows; ++i) {
+        for (u32 i = 0; i < 32 && first + i * item_stride(l) < rows; ++i) {
             const u32 name = __shfl_sync(~0u, names, i), place = __shfl_sync(~0u, places, i);
-            if (!(here >> i & 1) && !wait_row(l, name)) return;
+            if (!(here >> i & 1)) {
+                if (!wait_row(l, name)) return;
+                here = rows_here(l, names, first + lane_id() * item_stride(l) < rows);
+            }
             copy_row<C>(l, name, place, place_before, lane);
             place_before = place;
         }

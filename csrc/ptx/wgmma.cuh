@@ -19,10 +19,9 @@ MOE_DEVICE void wgmma_fence_operands(f32 (&d)[kCount]) {
 
 // Shared-memory matrix descriptor of a K-major tile with 128-byte rows, 128B swizzle: rows in groups of 8, 1024 bytes
 // apart (PTX ISA, "Matrix descriptor format"). Advancing K by 32 bytes adds 2 to it.
-MOE_DEVICE u64 descriptor_k_major_128b(u32 shared) {
-    return static_cast<u64>((shared & 0x3FFFF) >> 4) | (1ull << 16) | (static_cast<u64>(1024 >> 4) << 32) |
-           (1ull << 62);
-}
+MOE_DEVICE u32 descriptor_low(u32 shared) { return (shared & 0x3FFFF) >> 4 | 1 << 16; }
+MOE_DEVICE u64 descriptor_k_major_128b_of(u32 low) { return low | (static_cast<u64>(1024 >> 4) << 32) | (1ull << 62); }
+MOE_DEVICE u64 descriptor_k_major_128b(u32 shared) { return descriptor_k_major_128b_of(descriptor_low(shared)); }
 
 // d[N / 2] = a (64 x 32) * b (N x 32)^T + (accumulate ? d : 0)
 template <int kN>

@@ -36,7 +36,7 @@ struct WarpLevels {
     }
 };
 
-// Scratch of this plan step, in the last stage as PlanScratch is.
+// Scratch of this plan step, in the last stages as PlanScratch is: one, or with MXFP4's smaller ones two.
 struct ChosenScratch {
     u32 histogram[kPlanWarps][kMaxLogicalExperts];
     u32 count[kMaxLogicalExperts], before[kMaxLogicalExperts];
@@ -112,8 +112,9 @@ MOE_DEVICE void choose_copies(const Launch& l, ChosenScratch& scratch, const Rep
 template <class C>
 MOE_DEVICE bool build_chosen_list(const Launch& l, SharedStorage<C>& s, const ReplicaMap& map, u32 thread) {
     constexpr u32 kThreads = kPlanWarps * 32;
-    ChosenScratch& scratch = *reinterpret_cast<ChosenScratch*>(&s.stages[kStages<C> - 1]);
-    static_assert(sizeof(ChosenScratch) <= C::kStageBytes);
+    constexpr u32 kScratchStages = ceil_div(static_cast<u32>(sizeof(ChosenScratch)), C::kStageBytes);
+    static_assert(kScratchStages <= kStages<C>);
+    ChosenScratch& scratch = *reinterpret_cast<ChosenScratch*>(&s.stages[kStages<C> - kScratchStages]);
     const u32 warp = thread / 32, lane = thread % 32, num_logical = map.num_logical();
     for (u32 i = thread; i < kPlanWarps * kMaxLogicalExperts; i += kThreads) scratch.histogram[0][i] = 0;
     ptx::named_barrier_sync<kBarrierPlan, kThreads>();

@@ -21,10 +21,11 @@ struct TileOrder {
     MOE_HOST_DEVICE u32 used_lag() const { return min_u32(max_u32(lag, 1), num_groups()); }
     MOE_HOST_DEVICE u32 num_tiles() const { return num_m_blocks * (n_blocks1 + n_blocks2); }
 
-    // Inside a group the token block is innermost: CTAs that run together share a weight block in the L2 cache.
+    // Inside a group the weight block is innermost. So the rows of a token block are done long before those of the
+    // group's last one: linear2 finds them early, and of the last group not all are summed after the last tile.
     MOE_HOST_DEVICE Tile inside(u32 is_linear2, u32 g, u32 i) const {
-        const u32 blocks = min_u32(group, num_m_blocks - g * group);
-        return {is_linear2, g * group + i % blocks, i / blocks};
+        const u32 n_blocks = is_linear2 ? n_blocks2 : n_blocks1;
+        return {is_linear2, g * group + i / n_blocks, i % n_blocks};
     }
 
     MOE_HOST_DEVICE Tile at(u32 i) const {

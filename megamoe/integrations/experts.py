@@ -112,7 +112,7 @@ def _describe(name: str, module: nn.Module, weight_format: str, device: torch.de
 
 def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """What an experts module keeps its weights in."""
-    return dict(module.named_parameters(recurse=False))
+    return {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
 
 
 def weights_of(info: Experts, local: range) -> ExpertWeights:

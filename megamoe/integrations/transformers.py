@@ -33,6 +33,7 @@ except ImportError as error:
         "pip install 'megamoe[transformers]'"
     ) from error
 
+from megamoe import torch_op
 from megamoe.checkpoint import Checkpoint, CheckpointError, expert_bytes, find_problems, load_experts
 from megamoe.config import EPConfig
 from megamoe.integrations.chunks import Chunks
@@ -226,21 +227,16 @@ def _serve_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, 
     if self.training and torch.is_grad_enabled() and hidden_states.requires_grad:
         raise ValueError("megamoe is forward only: it has no gradient. Call model.eval(), or disable(model) to train")
     if torch.compiler.is_compiling():
-        return torch.ops.megamoe.experts(hidden_states, top_k_index, top_k_weights, key)
+        return torch.ops.megamoe.experts(hidden_states.detach(), top_k_index, top_k_weights.detach(), key)
     return _SLOTS[key](hidden_states, top_k_index, top_k_weights)
 
 
-@torch.library.custom_op("megamoe::experts", mutates_args=())
-def _experts_op(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, key: int) -> Tensor:
+@torch_op.operator(fake=lambda hidden_states, *_: hidden_states.new_empty(hidden_states.shape))
+def experts(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, key: int) -> Tensor:
     """The same in a compiled graph. key: id of the module, a constant of that graph."""
     if key not in _SLOTS:
         raise RuntimeError("the compiled model's experts are no longer served by megamoe: torch.compile it again")
     return _SLOTS[key](hidden_states, top_k_index, top_k_weights)
-
-
-@_experts_op.register_fake
-def _(hidden_states, top_k_index, top_k_weights, key):
-    return torch.empty_like(hidden_states)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _serve_experts)
@@ -285,24 +281,29 @@ class _Slot:
 
     def _state(self) -> tuple:
         params = expert_parameters(self.module()).values()
-        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in params)
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in params]
 
     def __call__(self, hidden_states: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self(hidden_states, topk_idx, topk_weights)
         if self._loaded is not None and self._loaded != self._state():
             self.load(None)  # a load_state_dict or an in-place edit since: eager experts would follow it too
-        x = hidden_states.detach().reshape(-1, self.info.sizes[0])
+        # What has the right form already is not touched: each torch call here would take a microsecond of every layer
+        x = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, self.info.sizes[0])
         if x.shape[0] > self.capacity and self.chunks is None:
             raise ValueError(
                 f"{self.name}: num_tokens={x.shape[0]} (batch x sequence of this forward) is above the capacity "
                 f"num_max_tokens_per_rank={self.capacity}; enable(model, ep_config=EPConfig({x.shape[0]})), or "
                 "split the prompt or the batch into several forwards, or pass lockstep_chunks=True"
             )
-        with torch.no_grad():
-            if self.chunks is None:
-                y = self._forward(x, topk_idx, topk_weights)
-            else:
-                y = self.chunks.run(self._forward, self.capacity, x, topk_idx, topk_weights)
-        return y[:, : x.shape[1]].reshape(hidden_states.shape).to(hidden_states.dtype)
+        if self.chunks is None:
+            y = self._forward(x, topk_idx, topk_weights)
+        else:
+            y = self.chunks.run(self._forward, self.capacity, x, topk_idx, topk_weights)
+        if y.shape != hidden_states.shape:
+            y = y[:, : x.shape[1]].reshape(hidden_states.shape)
+        return y if y.dtype == hidden_states.dtype else y.to(hidden_states.dtype)
 
     def idle(self) -> None:
         self(
@@ -312,7 +313,7 @@ class _Slot:
         )
 
     def _forward(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
-        if self.config.weight_format != "bf16":
+        if self.config.weight_format != "bf16" and x.dtype != torch.bfloat16:
             x = x.to(torch.bfloat16)
         if x.shape[1] < self.config.hidden:
             x = F.pad(x, (0, self.config.hidden - x.shape[1]))

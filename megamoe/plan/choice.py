@@ -5,7 +5,6 @@ order of slot. `csrc/sched/replica.cuh` is the same arithmetic for the kernel, b
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -71,18 +70,17 @@ def replica_map(physical_to_logical, num_logical_experts, num_ranks, choice="bal
 
 
 def _by_source(first, copy, rank, num_ranks, num_nodes):
-    per_node = num_ranks // num_nodes
-    table = np.empty((num_ranks, len(first) - 1), np.int64)
-    for expert, (begin, end) in enumerate(pairwise(first)):
-        here = rank[begin:end]
-        for source in range(num_ranks):
-            near = np.flatnonzero(here == source)
-            if not len(near):
-                near = np.flatnonzero(here // per_node == source // per_node)
-            if not len(near):
-                near = np.arange(end - begin)
-            table[source, expert] = copy[begin + near[source % len(near)]]
-    return table
+    per_node, source, count = num_ranks // num_nodes, np.arange(num_ranks)[:, None, None], np.diff(first)
+    nth = np.arange(count.max())
+    at = np.minimum(first[:-1, None] + nth, len(copy) - 1)
+    exists = np.broadcast_to(nth < count[:, None], (num_ranks, *at.shape))
+    candidates = exists
+    for near in (rank[at] // per_node == source // per_node, rank[at] == source):
+        near = near & exists
+        candidates = np.where(near.any(2, keepdims=True), near, candidates)
+    in_turn = source[..., 0] % candidates.sum(2)
+    chosen = (candidates & (candidates.cumsum(2) == in_turn[..., None] + 1)).argmax(2)
+    return copy[first[:-1] + chosen]
 
 
 def copy_begins(replicas, count):

@@ -28,7 +28,8 @@ def build_parser():
     """Arguments of the verb."""
     parser = argparse.ArgumentParser(prog="python -m megamoe plan", description=__doc__)
     parser.add_argument("load", nargs="?", help=".npy or .npz (key 'load'): rows per expert, [layers, experts] or "
-                        "[steps, layers, experts], summed over steps")
+                        "[steps, layers, experts], summed over steps; default of --simulate: the first of "
+                        "benchmarks/traces/*.npz of this checkout")
     parser.add_argument("--generate", choices=GENERATORS, help="use a generated load instead of a file")
     parser.add_argument("--layers", type=int, default=4, help="of a generated load")
     parser.add_argument("--experts", "--num-experts", type=int, default=256, help="of a generated load")
@@ -91,12 +92,16 @@ def main(argv=None):
         return 2
 
 
+def _shipped_traces():
+    return sorted((CHECKOUT / "benchmarks" / "traces").glob("*.npz"))
+
+
 def _compare(args):
     seeds = tuple(args.seeds)
     shown, failed = [], 0
     paths = args.traces
     if paths is None:
-        paths = sorted((CHECKOUT / "benchmarks" / "traces").glob("*.npz"))
+        paths = _shipped_traces()
     arrays = {Path(path).stem: read_arrays(path) for path in paths}
     traces = {name: (one["load"], one.get("kind", np.full(len(one["load"]), "all"))) for name, one in arrays.items()}
     for row in promises(seeds, traces):
@@ -119,6 +124,8 @@ def _more(row):
 
 
 def _plan(args):
+    if args.simulate and args.load is None and args.generate is None:
+        args.load = next(iter(_shipped_traces()), None)
     if (args.load is None) == (args.generate is None):
         raise ValueError("give either a file with the load or --generate KIND")
     load = read_load(args.load) if args.load else make_load(args.generate, args.layers, args.experts, args.seed)
@@ -154,6 +161,8 @@ def _plan(args):
     if args.json:
         print(json.dumps(report | {"plan": plan.as_dict()}))
         return 0
+    if args.load:
+        print(args.load)
     print(f"{plan.num_layers} layers, {plan.num_logical_experts} experts + {plan.num_redundant_experts} redundant = "
           f"{plan.num_physical_experts} slots, {plan.num_local_experts} on each of {args.ranks} ranks, {args.nodes} "
           f"nodes; balancedness = mean / largest rank, bound in {report['unit']}")

@@ -19,6 +19,9 @@ RETRY = 1e-3
 # Where between the smallest possible hottest copy (0) and a whole rank's load (1) the other counts cut copies off.
 # Rounds of search that other replica counts get before the best of them is searched to the end.
 TRIAL_ROUNDS = 6
+# Searches for other local optima, costs first taken wrong by up to 1 %, where the published greedy is more even but
+# puts two copies of an expert on one rank.
+SHAKES = 8
 CUTS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 
 
@@ -206,6 +209,16 @@ def _not_below_greedy(placed, load, num_ranks, num_redundant):
         # The greedy may put two copies of an expert on one rank; such a plan is not taken.
         still = still[~(ordered[..., 1:] == ordered[..., :-1]).any((1, 2))]
         placed[still] = rival[still]
+        for attempt in range(SHAKES):
+            behind = behind[largest(placed[behind], load[behind])[0] > aim[behind] * (1 + 1e-12)]
+            if not len(behind):
+                break
+            each = largest(placed[behind], load[behind])[1]
+            shaken = each * (1 + 0.01 * np.random.default_rng(attempt).random(each.shape))
+            other = swap_search(placed[behind], shaken, target=np.zeros(len(behind)), max_rounds=TRIAL_ROUNDS)
+            other = swap_search(other, each, target=aim[behind])
+            better = largest(other, load[behind])[0] < largest(placed[behind], load[behind])[0]
+            placed[behind[better]] = other[better]
     return placed
 
 

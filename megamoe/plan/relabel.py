@@ -22,6 +22,26 @@ def relabel(physical_to_logical, current, num_ranks):
     return result.reshape(len(new), -1)
 
 
+def match_ranks(current, wanted, num_nodes=1):
+    """Which rank of a plan each rank takes over so that few experts move: int64 [num_ranks].
+
+    current, wanted: int [num_ranks, slots], -1 = none; their slots may differ. Ranks of a node stay together: ranks are
+    matched within pairs of nodes, then nodes. Where nothing is gained every rank keeps its own.
+    """
+    num_ranks = len(current)
+    num_logical = int(max(current.max(), wanted.max())) + 1
+    have, want = (_counts(placed + 1, num_logical + 1)[:, 1:] for placed in (current, wanted))
+    shared = np.minimum(have[:, None, :], want[None, :, :]).sum(2)
+    per_node = num_ranks // num_nodes
+    within = shared.reshape(num_nodes, per_node, num_nodes, per_node).swapaxes(1, 2)
+    source = np.array([[_match(pair) for pair in row] for row in within])
+    kept = np.take_along_axis(within, source[..., None], 3).sum((2, 3))
+    nodes = _match(kept)
+    taken = source[np.arange(num_nodes), nodes] + per_node * nodes[:, None]
+    own = np.arange(num_ranks)
+    return taken.ravel() if kept[np.arange(num_nodes), nodes].sum() > np.trace(shared) else own
+
+
 def _counts(placed, num_logical):
     return np.stack([np.bincount(one, minlength=num_logical) for one in placed])
 

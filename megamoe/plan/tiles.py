@@ -4,6 +4,7 @@ All choices come from values that are equal on all ranks, or concern one rank al
 """
 
 import math
+from typing import NamedTuple
 
 TILES = {"fp8": (8, 16, 32, 64, 128), "mxfp4": (8, 16, 32, 64, 96, 104)}
 """Tokens of a tile that the kernel is built for, by weight format. Weights lie on the wgmma M side and tokens on N, but
@@ -17,6 +18,26 @@ BLOCK_TOKENS = tuple(sorted(set().union(*TILES.values())))
 TOKENS_ON_M = 128
 COMBINE_STEP = 256
 """Columns that a warp sums at once."""
+
+
+class Cut(NamedTuple):
+    """How a launch is cut up: KernelParams says what each number is; block_tokens is the kernel's own."""
+
+    block_tokens: int
+    order_group: int
+    order_lag: int
+    prefetch_stages: int
+    combine_columns: int
+    combine_chunks: int
+
+
+def cut_launch(config, ep_size: int, num_tokens_bound: int, num_warps: int) -> Cut:
+    """All choices of this file, for a call of at most num_tokens_bound tokens on each of ep_size ranks and num_warps
+    warps that combine."""
+    block = choose_block_tokens(config, ep_size, num_tokens_bound)
+    columns = combine_columns(config.hidden, num_tokens_bound, num_warps)
+    stages = prefetch_stages(config, ep_size, num_tokens_bound)
+    return Cut(block, *tile_order(block), stages, columns, math.ceil(config.hidden / columns))
 
 
 def rows_wanted(config, ep_size: int, num_tokens_bound: int) -> float:

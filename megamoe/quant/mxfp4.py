@@ -11,8 +11,10 @@ below its rows' top (by 2^-15 and more) is rounded to the e4m3 grid, to nearest 
 load, so that what the specification multiplies is what the kernel multiplies.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +27,11 @@ BINADES = 15
 BASE_ROWS = 128
 """Rows that share a base."""
 LARGEST_EXPONENT = 6  # 6 * 2^6 = 384 is e4m3, 6 * 2^7 is not
+_TIES = [(low + high) / 2 for low, high in pairwise(CODE_VALUES)]
+# The largest fp32 number that rounds below codes 1 to 7. An odd code's tie with the one below it goes down, to the even
+# mantissa, an even code's goes up.
+_BELOW_CODES = [tie if code % 2 else float(np.nextafter(np.float32(tie), np.float32(0)))
+                for code, tie in enumerate(_TIES, 1)]
 MIN_QUANTIZED_SF = 2  # 0.5 * 2^(2 - 127) is fp32's smallest normal number
 
 
@@ -136,10 +143,9 @@ def _powers(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def _round(values: Tensor) -> Tensor:
     """Codes (uint8) of the nearest e2m1 numbers, ties to the even mantissa; what becomes zero is +0."""
-    magnitude = values.abs().clamp(max=6.0)
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-    rounded = torch.round(magnitude / step) * step
-    code = torch.where(rounded < 2, 2 * rounded, torch.where(rounded < 4, rounded + 2, rounded / 2 + 4)).to(torch.uint8)
+    # One comparison tree instead of a dozen passes: a code is how many of these a magnitude is above
+    above = torch.tensor(_BELOW_CODES, device=values.device)
+    code = torch.bucketize(values.abs().contiguous(), above, out_int32=True).to(torch.uint8)
     return code | ((values < 0) & (code != 0)).to(torch.uint8) << 3
 
 

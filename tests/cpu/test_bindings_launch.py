@@ -139,6 +139,23 @@ def test_configuration_is_built_once_and_only_stream_and_bytes_change(cuda, kern
     assert [call for call in cuda.calls if call[0] == "occupancy"] == [("occupancy", 384, 200_000)]
 
 
+def test_a_bound_struct_is_taken_as_it_is_at_each_launch(cuda, kernel):
+    params = Params(num_tokens=1)
+    bound = kernel.bind(NUM_SMS, 384, params)
+    for stream, num_tokens in ((7, 1), (7, 2), (9, 3)):
+        params.num_tokens = num_tokens
+        bound(stream)
+        assert cuda.launches[-1].data == bytes(params) and cuda.launches[-1].config.stream == stream
+    assert {sent.address for sent in cuda.launches} == {ctypes.addressof(params)}
+    with pytest.raises(ValueError, match="params has 1008 bytes, mega_moe takes 256"):
+        kernel.bind(NUM_SMS, 384, (ctypes.c_char * 1008)())
+    with pytest.raises(ValueError, match="133 blocks"):
+        kernel.bind(133, 384, params)
+    kernel.close()
+    with pytest.raises(RuntimeError, match="mega_moe is closed"):
+        bound(7)
+
+
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, lambda params: params])
 def test_any_buffer_is_a_struct(cuda, kernel, kind):
     params = Params(num_tokens=9)

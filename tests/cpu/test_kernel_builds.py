@@ -23,11 +23,9 @@ def compile_build(build: KernelBuild) -> CompiledKernel:
     return compile_kernel(build.source, build.entry, build.defines)
 
 
-EVERY = (
-    kernel_builds() + kernel_builds(extras=True)
-    + tuple(kernel_build(block, plans=True) for block in TILES["fp8"])
-    + tuple(kernel_build(block, extras=True, plans=True) for block in TILES["fp8"])
-)  # fmt: skip
+EVERY = tuple(
+    build for extras in (False, True) for plans in (False, True) for build in kernel_builds(extras=extras, plans=plans)
+)
 
 
 @pytest.fixture(scope="module")

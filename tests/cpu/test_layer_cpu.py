@@ -163,6 +163,12 @@ def bad_calls():
     yield {"num_tokens_bound": 4}, ValueError, "hidden_states has 5 tokens, above num_tokens_bound=4"
     yield {"num_tokens_bound": 17}, ValueError, "num_tokens_bound=17 must be between 0 and the capacity"
     yield {"num_tokens_bound": count}, TypeError, "pass a host int, equal on all ranks"
+    yield {"hidden_states": (x, None)}, TypeError, "hidden_states has dtype torch.bfloat16; use torch.float8_e4m3fn"
+    yield {"hidden_states": (e4m3, None)}, TypeError, "hidden_states sf has type NoneType; pass a tensor"
+    yield {"topk_idx": idx.tolist()}, TypeError, "topk_idx has type list; pass a tensor of shape [5, 2]"
+    yield {"topk_idx": idx.numpy()}, TypeError, "topk_idx has type ndarray; pass a tensor of shape [5, 2]"
+    yield {"num_tokens_bound": True}, TypeError, "num_tokens_bound=True has type bool; pass a host int"
+    yield {"num_tokens_bound": 5.0}, TypeError, "num_tokens_bound=5.0 has type float; pass a host int"
     yield {"out": torch.zeros(n, h)}, TypeError, "out has dtype torch.float32; use torch.bfloat16"
     yield {"out": x[:4]}, ValueError, "out has shape [4, 256]; expected [5, 256]"
     yield {"hidden_states": x, "out": x}, ValueError, "out is the memory of hidden_states"
@@ -173,9 +179,12 @@ def test_a_bad_call_is_refused_with_a_remedy_and_leaves_the_layer_usable(change,
     layer, case, (expected,) = make_layer()
     x, _, topk_idx, topk_weights, _ = case.inputs[0]
     good = {"hidden_states": x, "topk_idx": topk_idx, "topk_weights": topk_weights}
-    with pytest.raises(error) as raised:
-        layer(**(good | change))
-    assert text in str(raised.value)
+    for _ in range(2):  # also where arguments like the good ones have been checked before
+        with pytest.raises(error) as raised:
+            layer(**(good | change))
+        assert text in str(raised.value)
+        for like in ({}, {"num_tokens_bound": 5}, {"out": torch.empty_like(x)}, {"hidden_states": quantize_rows(x)}):
+            layer(**(good | like))
     assert torch.equal(layer(**good), expected)
 
 

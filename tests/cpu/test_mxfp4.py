@@ -57,6 +57,8 @@ def test_quantization_is_the_nearest_code_under_the_mx_scale(dtype):
     weight = (torch.randn(64, 256) * torch.exp2(torch.randint(-20, 20, (64, 1)).float())).to(dtype)
     weight[0, :32] = 0
     weight[1, :32] = torch.arange(32) / 4  # ties: amax 7.75, so that the unit is 1
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    weight[2, :15] = torch.cat((torch.nextafter(ties, ties + 1), torch.nextafter(ties, ties - 1), torch.ones(1) * 6))
     codes, sf = quantize(weight)
     groups = weight.double().numpy().reshape(64, 8, 32)
     amax = np.abs(groups).max(2)

@@ -68,6 +68,15 @@ def test_never_below_the_greedy_and_within_a_thousandth_of_the_lp(kind, case):
         assert plan.rank_load[layer].max() <= best * 1.001
 
 
+def test_not_below_the_greedy_where_it_doubles_an_expert_on_a_rank():
+    load = np.random.default_rng(9).multinomial(24576, np.ones(64) / 64, size=100)[94:95].astype(float)
+    shared = dict(num_ranks=8, num_redundant_experts=16)
+    greedy, plan = greedy_physical_to_logical(load, **shared), plan_experts(load, **shared)
+    ordered = np.sort(greedy.reshape(8, -1), 1)
+    assert (ordered[:, 1:] == ordered[:, :-1]).any()
+    assert plan.balancedness[0] >= even_plan(greedy, plan).balancedness[0] - 1e-9
+
+
 def test_hundreds_of_small_plans_are_valid():
     rng = np.random.default_rng(5)
     for _ in range(60):

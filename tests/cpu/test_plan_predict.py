@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamoe.plan import count_load, drift, popularity, sample_topk
+from megamoe.plan import cli, count_load, drift, popularity, sample_topk
 from megamoe.plan.cli import main
 from megamoe.plan.predict import LayerTime, expected_active, fit_measured, read_measured
 from megamoe.plan.show import recorded
@@ -84,6 +84,17 @@ def test_verb_simulates_a_recording(tmp_path, capsys):
     assert "8 or more" in capsys.readouterr().err
     assert main([str(tmp_path / "trace.npz"), "--ranks", "4", "--redundant", "4", "--phase", "decode"]) == 0
     assert "bound in us" in capsys.readouterr().out
+
+
+def test_verb_simulates_the_shipped_recording_unless_told_otherwise(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
+    measured = ["--measured", *map(str, RESULTS)]
+    assert main(["--simulate", *measured]) == 2 and "give either" in capsys.readouterr().err
+    (tmp_path / "benchmarks" / "traces").mkdir(parents=True)
+    path = tmp_path / "benchmarks" / "traces" / "made.npz"
+    np.savez(path, load=np.random.default_rng(0).integers(1, 99, (8, 1, 16)))
+    assert main(["--simulate", "--ranks", "4", *measured]) == 0
+    assert capsys.readouterr().out.startswith(f"{path}\n1 layers, 16 experts")
 
 
 def test_recordings_are_planned_and_served_as_promised():

@@ -1,5 +1,7 @@
 """Plans on a layer: the same bits under any plan, choice and step of a rebalance; a failed step leaves the old plan."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ import torch
 from megamoe import EPConfig, MegaMoEError, MoEConfig, MoELayer, Workspace, plan_experts, update_plan
 from megamoe.layout import CHOICES
 from megamoe.plan import drift, popularity
-from megamoe.rebalance import default_placement, plan_steps, target_placement
+from megamoe.plan.relabel import match_ranks
+from megamoe.rebalance import default_placement, plan_steps
 from megamoe.testing.data import make_case
 
 CONFIG = MoEConfig(hidden=256, intermediate=128, num_experts=12, topk=3)
@@ -57,6 +60,18 @@ def test_bf16_layers_take_plans_too():
     torch.testing.assert_close(run(layer, case), expected)
 
 
+def test_mxfp4_codes_and_scales_move_with_their_experts():
+    layer, case = make_layer(MoEConfig(256, 128, 12, 3, weight_format="mxfp4"))
+    expected = run(layer, case)
+    layer.load_plan(make_plan())
+    assert torch.equal(run(layer, case), expected)
+    rebalance = layer.rebalance(make_plan("lognormal"), max_bytes=layer._engine.expert_bytes)
+    assert rebalance.moved_bytes > 0
+    while not rebalance.step():
+        assert torch.equal(run(layer, case), expected)
+    assert torch.equal(run(layer, case), expected)
+
+
 @pytest.mark.parametrize("spare", [0, 1, 2])
 def test_every_step_serves_and_keeps_to_its_budget(spare):
     layer, case = make_layer(spare=spare)
@@ -76,8 +91,7 @@ def test_every_step_serves_and_keeps_to_its_budget(spare):
     assert steps + 1 == rebalance.num_steps or rebalance.moved_bytes == 0
     assert torch.equal(run(layer, case), expected)
     held = layer._engine.placement.reshape(RANKS, -1)
-    for have, want in zip(held, later.placed[0]):
-        assert sorted(have[have >= 0].tolist()) == sorted(want.tolist())
+    assert sorted(sorted(have[have >= 0]) for have in held) == sorted(sorted(want) for want in later.placed[0])
 
 
 def test_a_failure_half_way_leaves_the_last_placement_in_force(monkeypatch):
@@ -103,29 +117,64 @@ def test_a_failure_half_way_leaves_the_last_placement_in_force(monkeypatch):
         rebalance.step()
 
 
-def test_steps_never_lose_an_expert():
-    rng = np.random.default_rng(2)
-    for _ in range(200):
-        ranks, slots = int(rng.integers(1, 7)), int(rng.integers(1, 6))
-        experts = int(rng.integers(slots, ranks * slots + 1))
-        experts -= experts % ranks
-        if not experts or slots > experts:
-            continue
-        held = default_placement(experts, ranks, slots).reshape(ranks, slots)
-        plan = plan_experts(rng.lognormal(0, 1, (1, experts)), num_ranks=ranks,
-                            num_redundant_experts=ranks * slots - experts)
-        target = target_placement(held, plan.placed[0])
-        held = held.copy()
-        try:
-            steps = plan_steps(held, target, 1)
-        except ValueError:
-            steps = plan_steps(held, target, slots)
+def some_placement(rng, ranks, slots, local):
+    placed = [list(row) for row in rng.permutation(local * ranks).reshape(ranks, local)]
+    for row in placed:
+        others = [e for e in rng.permutation(local * ranks) if e not in row]
+        row += others[: int(rng.integers(0, slots - local + 1))]
+        row += [-1] * (slots - len(row))
+    return np.array([rng.permutation(row) for row in placed])
+
+
+@pytest.mark.parametrize("ranks", range(2, 9))
+def test_any_placement_is_reached_with_any_budget_and_no_expert_is_ever_lost(ranks):
+    rng = np.random.default_rng(ranks)
+    for _ in range(60):
+        slots, per_step = int(rng.integers(1, 10)), int(rng.integers(1, 5))
+        local = int(rng.integers(1, slots + 1))
+        held, wanted = (some_placement(rng, ranks, slots, local) for _ in range(2))
+        lacks = [len(set(want) - set(have) - {-1}) for have, want in zip(held, wanted)]
+        steps, received = plan_steps(held, wanted, per_step), np.zeros(ranks, int)
         for moves in steps:
-            assert all(held[m.src_rank, m.src_slot] == m.expert for m in moves)
+            assert moves and all(held[m.src_rank, m.src_slot] == m.expert for m in moves)
+            assert len({(m.dst_rank, m.dst_slot) for m in moves}) == len(moves)
+            now = np.bincount([m.dst_rank for m in moves], minlength=ranks)
+            assert now.max() <= per_step
+            received += now
             for m in moves:
                 held[m.dst_rank, m.dst_slot] = m.expert
-            assert set(range(experts)) <= set(held.ravel().tolist())
-        assert (held[target >= 0] == target[target >= 0]).all()
+            assert set(range(local * ranks)) <= set(held.ravel())
+            assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in held)
+        assert received.tolist() == lacks
+        assert all(set(want) - {-1} <= set(have) for have, want in zip(held, wanted))
+
+
+@pytest.mark.parametrize("redundant, per_step", [(0, 1), (8, 1), (8, 3)])
+def test_two_ranks_of_many_experts_take_few_steps(redundant, per_step):
+    load = np.random.default_rng(0).lognormal(0, 1, (1, 64))
+    plan = plan_experts(load, num_ranks=2, num_redundant_experts=redundant)
+    held = default_placement(64, 2, 32 + redundant // 2).reshape(2, -1)
+    most = max(len(set(want) - set(have)) for have, want in zip(held, plan.placed[0]))
+    assert len(plan_steps(held, plan.placed[0], per_step)) <= -(-most // per_step) + 1
+
+
+def test_ranks_that_only_trade_names_move_nothing():
+    layer, _ = make_layer()
+    plan = make_plan()
+    layer.load_plan(plan)
+    for order in ([1, 0, 3, 2], [2, 3, 0, 1]):
+        placed, share = (of.reshape(2, RANKS, -1)[:, order].reshape(2, -1) for of in (plan.placed, plan.share))
+        renamed = replace(plan, physical_to_logical=placed, share=share)
+        assert layer.rebalance(renamed).moved_bytes == 0
+
+
+def test_ranks_are_matched_within_nodes():
+    have = np.arange(16).reshape(8, 2)
+    for order in ([1, 0, 2, 3, 5, 4, 7, 6], [6, 7, 5, 4, 3, 2, 0, 1]):
+        assert (have[order][match_ranks(have, have[order], 4)] == have).all()
+    crossed = have[[0, 2, 1, 3, 4, 5, 6, 7]]
+    assert match_ranks(have, crossed, 4).tolist() == list(range(8))
+    assert (crossed[match_ranks(have, crossed, 2)] == have).all()
 
 
 def test_load_counts_are_what_was_served():

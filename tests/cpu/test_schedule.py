@@ -58,10 +58,10 @@ def test_linear2_follows_its_linear1_by_the_lag(library):
     assert [tile[0] for tile in tiles] == [0] * (80 * 4) + [1] * (80 * 6)
 
 
-def test_neighbours_share_a_weight_block(library):
-    """Inside a group the token block is innermost."""
+def test_a_token_block_is_done_before_the_next_begins(library):
+    """Inside a group the weight block is innermost."""
     tiles = schedule_library.tiles(library, 16, 4, 6, 8, 3)
-    assert [tile[1:] for tile in tiles[:9]] == [(m, 0) for m in range(8)] + [(0, 1)]
+    assert [tile[1:] for tile in tiles[:5]] == [(0, n) for n in range(4)] + [(1, 0)]
 
 
 def test_merged_sequences_lose_nothing_and_stay_in_proportion(library):

@@ -74,7 +74,7 @@ def test_an_id_out_of_range_stays_out_of_range(library):
     wrong = torch.tensor([[8, 9, 12], [1000, 2**31 - 1, -2], [15, -7, 16]])
     slots = kernel_slots(library, CONFIG, 2, 0, wrong)[:, :3]
     assert bool(((slots < -1) | (slots >= 12)).all())
-    told, named = (torch.where(ids < 0, ids, ids & ~(1 << 30)) for ids in (slots, wrong))  # as launch_error says it
+    told, named = (torch.where(ids < 0, ids, ids & ~(1 << 30)) for ids in (slots, wrong))  # as device_error says it
     assert torch.equal(told, named.int())
 
 

@@ -29,41 +29,42 @@ def main() -> int:
     use_checkout()
     import torch
 
-    from megamoe import EPConfig, MoEConfig, MoELayer, Workspace, layout
-    from megamoe.plan.tiles import choose_block_tokens
+    from megamoe import EPConfig, MoEConfig, MoELayer, Workspace
+    from megamoe.plan import tiles
     from megamoe.testing.data import make_case
     from tests.gpu import oracle
 
-    config = MoEConfig(hidden=384, intermediate=256, num_experts=6, topk=3)
-    bounds = {}
-    for bound in range(200, 0, -1):  # the smallest of each tile size
-        bounds[choose_block_tokens(config, ranks, bound)] = bound
-    assert set(bounds) == set(layout.BLOCK_TOKENS), bounds
-    capacity = max(bounds.values())
-    ep_config = EPConfig(capacity, virtual_ranks=ranks, arrive_deadline_s=300.0, step_deadline_s=300.0, num_sms=8)
     wrong = 0
-    with Workspace(config, ep_config, device="cuda") as workspace, MoELayer(config, workspace) as layer:
-        for number, (block, bound) in enumerate(sorted(bounds.items())):
-            num_tokens = [bound, 0 if number % 2 else bound // 3][:ranks] + [1] * (ranks - 2)
-            case = make_case(1, config, ranks, num_tokens, "holes", "cuda", prequantized=number % 2 == 0)
-            oracle.load(layer, case)
-            for _ in range(2):
-                outs = oracle.run_layer(layer, case, bound)
-                torch.cuda.synchronize()
-                layer.check()
-                result = oracle.compare(config, outs, oracle.spec(case))
-                wrong += not result.ok
-                print(f"tiles of {block}:", num_tokens, result.text, flush=True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            oracle.call(layer, case, bound, outs)
-        graph.replay()
-        torch.cuda.synchronize()
-        layer.check()
-        result = oracle.compare(config, outs, oracle.spec(case))
-        wrong += not result.ok
-        print("replayed", result.text, flush=True)
-        del graph
+    for weight_format in tiles.TILES:
+        config = MoEConfig(hidden=384, intermediate=256, num_experts=6, topk=3, weight_format=weight_format)
+        bounds = {}
+        for bound in range(600, 0, -1):  # the smallest of each tile size
+            bounds[tiles.choose_block_tokens(config, ranks, bound)] = bound
+        assert set(bounds) == set(tiles.TILES[weight_format]), bounds
+        capacity = max(bounds.values())
+        ep_config = EPConfig(capacity, virtual_ranks=ranks, arrive_deadline_s=300.0, step_deadline_s=300.0, num_sms=8)
+        with Workspace(config, ep_config, device="cuda") as workspace, MoELayer(config, workspace) as layer:
+            for number, (block, bound) in enumerate(sorted(bounds.items())):
+                num_tokens = [bound, 0 if number % 2 else bound // 3][:ranks] + [1] * (ranks - 2)
+                case = make_case(1, config, ranks, num_tokens, "holes", "cuda", prequantized=number % 2 == 0)
+                oracle.load(layer, case)
+                for _ in range(2):
+                    outs = oracle.run_layer(layer, case, bound)
+                    torch.cuda.synchronize()
+                    layer.check()
+                    result = oracle.compare(config, outs, oracle.spec(case))
+                    wrong += not result.ok
+                    print(f"{weight_format}, tiles of {block}:", num_tokens, result.text, flush=True)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                oracle.call(layer, case, bound, outs)
+            graph.replay()
+            torch.cuda.synchronize()
+            layer.check()
+            result = oracle.compare(config, outs, oracle.spec(case))
+            wrong += not result.ok
+            print("replayed", result.text, flush=True)
+            del graph
     return 1 if wrong else 0
 
 

@@ -1,6 +1,7 @@
 """Plans on the GPU: the same bits under any plan, choice and step of a rebalance, also under graph replay."""
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from megamoe.testing.data import make_case
 from tests.gpu import oracle
 
 CONFIG = MoEConfig(hidden=512, intermediate=256, num_experts=16, topk=4)
+FORMATS = {form: replace(CONFIG, weight_format=form) for form in ("fp8", "mxfp4")}
 RANKS, SPARE = 4, 2
 
 
@@ -31,10 +33,11 @@ def make_plan(kind="zipf", seed=1, redundant=8):
     return plan_experts(popularity(kind, 1, 16, seed), num_ranks=RANKS, num_redundant_experts=redundant)
 
 
+@pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("num_tokens", [(5, 0, 1, 9), (150, 7, 64, 90), (700, 700, 0, 511)])
-def test_the_bits_do_not_depend_on_the_plan_and_every_row_is_counted(choice, num_tokens):
-    with opened(num_tokens) as (layer, case):
+def test_the_bits_do_not_depend_on_the_plan_and_every_row_is_counted(weight_format, choice, num_tokens):
+    with opened(num_tokens, config=FORMATS[weight_format]) as (layer, case):
         first = oracle.bits(oracle.run_layer(layer, case))
         result = oracle.compare(case.config, oracle.run_layer(layer, case), oracle.spec(case))
         assert result.ok, result.text
@@ -58,9 +61,10 @@ def test_the_bits_do_not_depend_on_the_plan_and_every_row_is_counted(choice, num
             assert torch.equal(logical.cpu(), torch.bincount(rows[rows >= 0], minlength=16).cpu())
 
 
+@pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("num_tokens", [(9, 12, 3, 1), (300, 120, 256, 64)])
-def test_a_rebalance_goes_on_between_replays_of_one_graph(num_tokens):
-    with opened(num_tokens) as (layer, case):
+def test_a_rebalance_goes_on_between_replays_of_one_graph(weight_format, num_tokens):
+    with opened(num_tokens, config=FORMATS[weight_format]) as (layer, case):
         first = oracle.bits(oracle.run_layer(layer, case))
         outs, graph = oracle.empty_outs(case), torch.cuda.CUDAGraph()
         torch.cuda.synchronize()

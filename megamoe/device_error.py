@@ -1,18 +1,23 @@
-"""What a launch that gave up left in its records, as the error that a caller reads."""
+"""What a launch has reported through its status record, in words."""
+
+from collections.abc import Sequence
 
 from megamoe import layout
 from megamoe.errors import ErrorRecord, MegaMoEError
 
 
-def launch_error(found: list[layout.KernelStatus], ids_are_mapped: bool) -> MegaMoEError:
-    """found: the ranks' records with a code, one at least. ids_are_mapped: senders translate ids to slots, and mark one
-    that has none by bit 30 (kUnmappedIdBit)."""
+def device_error(records: Sequence[layout.KernelStatus], ids_are_mapped: bool) -> MegaMoEError:
+    """records: of the ranks of this process, one or more with a code; of these, one that says why, if any does.
+
+    ids_are_mapped: senders translate ids to slots, for expert plans or shared experts."""
+    found = [r for r in records if r.code]
     r = next((r for r in found if layout.CODES[r.code] != "aborted_by_peer"), found[0])
     code = layout.CODES[r.code]
     record = ErrorRecord(r.rank, r.cta, layout.ROLES[r.role], layout.STEPS[r.step], r.index, r.have, r.want)
     if code == "aborted_by_peer":
         return MegaMoEError(f"launch {r.epoch} was ended by rank {r.origin}, whose own error says why", record)
     if code == "expert_out_of_range":
+        # Where senders translate ids, bit 30 marks an id that the sender could not map to a slot (kUnmappedIdBit)
         marked = 1 << 30 if ids_are_mapped else 0
         signed = r.have - (1 << 32) if r.have >> 31 else r.have & ~marked
         src_rank, token = divmod(r.index, layout.MAX_TOKENS)
