@@ -219,6 +219,7 @@ struct KernelParams {
     u32 weights_are_bf16;
     f32 swiglu_limit;
     RankBiases biases[8];
+    u64 num_shared_experts;
     f32 gate_exponent;
     f32 up_shift;
 };
@@ -270,9 +271,10 @@ static_assert(MOE_OFFSETOF(KernelParams, idx_is_int64) == 1500);
 static_assert(MOE_OFFSETOF(KernelParams, weights_are_bf16) == 1504);
 static_assert(MOE_OFFSETOF(KernelParams, swiglu_limit) == 1508);
 static_assert(MOE_OFFSETOF(KernelParams, biases) == 1512);
-static_assert(MOE_OFFSETOF(KernelParams, gate_exponent) == 1640);
-static_assert(MOE_OFFSETOF(KernelParams, up_shift) == 1644);
-static_assert(sizeof(KernelParams) == 1648);
+static_assert(MOE_OFFSETOF(KernelParams, num_shared_experts) == 1640);
+static_assert(MOE_OFFSETOF(KernelParams, gate_exponent) == 1648);
+static_assert(MOE_OFFSETOF(KernelParams, up_shift) == 1652);
+static_assert(sizeof(KernelParams) == 1656);
 
 struct KernelStatus {
     u32 code;

@@ -21,7 +21,7 @@ class KernelBuild(NamedTuple):
 
 def needs_extras(config) -> bool:
     """A layer of `config` asks for what only builds with -DEXTRAS do (csrc/extras.cuh)."""
-    return config.activation != "swiglu" or config.bias
+    return config.activation != "swiglu" or config.bias or config.num_shared_experts > 0
 
 
 def kernel_key(config, block_tokens: int) -> tuple[str, int, bool]:

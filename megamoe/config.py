@@ -51,6 +51,9 @@ class MoEConfig:
     swiglu_limit: None, or the clamp of the SwiGLU inputs: gate <= limit, |up| <= limit.
     activation: "swiglu", or "swiglu_oai", gpt-oss's variant: steps.swiglu has both formulas.
     bias: whether both linears add one: steps.ExpertWeights has shapes and dtypes.
+    num_shared_experts: experts beside those, of the same intermediate size, that every token goes to with weight 1:
+        each rank holds all of them and serves its own tokens. One of k times the size is the sum of k of these. With
+        topk at most 16.
     ValueError or TypeError names the field, its value and the nearest legal ones.
     """
 
@@ -62,6 +65,7 @@ class MoEConfig:
     swiglu_limit: float | None = None
     activation: str = "swiglu"
     bias: bool = False
+    num_shared_experts: int = 0
 
     def __post_init__(self):
         _check_multiple("hidden", self.hidden, BLOCK)
@@ -78,11 +82,17 @@ class MoEConfig:
             raise ValueError(f"activation={self.activation!r} must be one of {', '.join(map(repr, ACTIVATIONS))}")
         if not isinstance(self.bias, bool):
             raise TypeError(f"bias={self.bias!r} has type {type(self.bias).__name__}; pass True or False")
+        _check_int("num_shared_experts", self.num_shared_experts, 0, MAX_TOPK - self.topk)
 
     @property
     def has_e4m3_activations(self) -> bool:
         """Tokens and SwiGLU outputs are quantized to e4m3; the layer takes and returns bf16."""
         return self.weight_format != "bf16"
+
+    @property
+    def token_slots(self) -> int:
+        """Slots of a token: the caller's topk, then one for each shared expert."""
+        return self.topk + self.num_shared_experts
 
     def num_local_experts(self, ep_size: int) -> int:
         """Experts on each of ``ep_size`` ranks; expert e lives on rank e // num_local_experts. ValueError if uneven."""
@@ -167,5 +177,5 @@ class EPConfig:
         return bool(self.num_redundant_slots_per_rank or self.num_staged_experts)
 
     def num_slots(self, config: MoEConfig, ep_size: int) -> int:
-        """Expert slots on each rank for a layer of ``config``; ValueError where its experts do not divide."""
+        """Slots on each rank for the experts that a router of ``config`` sees; ValueError where they do not divide."""
         return config.num_local_experts(ep_size) + self.num_redundant_slots_per_rank

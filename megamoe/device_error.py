@@ -6,10 +6,10 @@ from megamoe import layout
 from megamoe.errors import ErrorRecord, MegaMoEError
 
 
-def device_error(records: Sequence[layout.KernelStatus], takes_plans: bool) -> MegaMoEError:
+def device_error(records: Sequence[layout.KernelStatus], ids_are_mapped: bool) -> MegaMoEError:
     """records: of the ranks of this process, one or more with a code; of these, one that says why, if any does.
 
-    takes_plans: the build of the kernel is one for expert plans."""
+    ids_are_mapped: senders translate ids to slots, for expert plans or shared experts."""
     found = [r for r in records if r.code]
     r = next((r for r in found if layout.CODES[r.code] != "aborted_by_peer"), found[0])
     code = layout.CODES[r.code]
@@ -17,8 +17,8 @@ def device_error(records: Sequence[layout.KernelStatus], takes_plans: bool) -> M
     if code == "aborted_by_peer":
         return MegaMoEError(f"launch {r.epoch} was ended by rank {r.origin}, whose own error says why", record)
     if code == "expert_out_of_range":
-        # With plans, bit 30 marks an id that the sender could not map to a slot (kUnmappedIdBit)
-        marked = 1 << 30 if takes_plans else 0
+        # Where senders translate ids, bit 30 marks an id that the sender could not map to a slot (kUnmappedIdBit)
+        marked = 1 << 30 if ids_are_mapped else 0
         signed = r.have - (1 << 32) if r.have >> 31 else r.have & ~marked
         src_rank, token = divmod(r.index, layout.MAX_TOKENS)
         return MegaMoEError(

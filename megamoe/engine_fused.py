@@ -85,6 +85,8 @@ class FusedWorkspace:
         self.ep_size, self.num_ranks = workspace.ep_size, workspace.num_ranks_here
         self.first_rank = 0 if workspace.ep_config.virtual_ranks else workspace.ep_rank
         self.ep_config = workspace.ep_config
+        shared = any(config.num_shared_experts for config in workspace.moe_configs)
+        self.ids_are_mapped = shared or self.ep_config.takes_plans
         self.cuts: dict[MoEConfig, dict[int, tiles.Cut]] = {}  # made so far, by num_tokens_bound
         with torch.cuda.device(self.device):
             torch.cuda.current_stream().synchronize()  # makes the context current for the driver calls below
@@ -148,7 +150,7 @@ class FusedWorkspace:
         d = self.dims
         p.recv_x_pitch = d.capacity * d.hidden
         p.recv_x_sf_pitch = d.capacity * (d.hidden // layout.K_BLOCK) * 4
-        p.head_pitch = d.capacity * d.topk
+        p.head_pitch = d.capacity * d.token_slots
         p.arrive_deadline_ns = int(self.ep_config.arrive_deadline_s * 1e9)
         p.step_deadline_ns = int(self.ep_config.step_deadline_s * 1e9)
         p.ep_size, p.ctas_per_rank = self.ep_size, self.ctas_per_rank
@@ -168,7 +170,7 @@ class FusedWorkspace:
             self._check_canaries()
         for record in self.records:
             if record.code:
-                raise device_error(self.records, self.ep_config.takes_plans)
+                raise device_error(self.records, self.ids_are_mapped)
 
     def _check_canaries(self) -> None:
         for where, memories in (("symmetric", self.memory.local), ("local", self.local)):
@@ -210,8 +212,9 @@ def _check_blocks(configs, ep_size: int, ep_config) -> None:
     # The kernel counts token blocks in 16 bits
     capacity = ep_config.num_max_tokens_per_rank
     for c in configs:
-        rows, block = capacity * ep_size * c.topk, tiles.choose_block_tokens(c, ep_size, capacity)
-        if rows // block + ep_config.num_slots(c, ep_size) > 65535:
+        rows = capacity * (ep_size * c.topk + c.num_shared_experts)
+        block = tiles.choose_block_tokens(c, ep_size, capacity)
+        if rows // block + ep_config.num_slots(c, ep_size) + c.num_shared_experts > 65535:
             raise ValueError(
                 f"num_max_tokens_per_rank={capacity} on {ep_size} ranks with topk={c.topk} can put {rows} rows on one "
                 f"rank, more than {65535 * block}; lower num_max_tokens_per_rank"
@@ -229,19 +232,20 @@ class FusedEngine:
         self.extras = needs_extras(config)
         self.images: list[tuple[Tensor, ...]] = []  # linear1, linear2, then the bytes of their biases if there are any
         shared = self.shared
-        sizes = (shared.ep_config.num_slots(config, shared.ep_size), config.hidden, config.intermediate)
+        self.slots = shared.ep_config.num_slots(config, shared.ep_size)
+        sizes = (self.slots + config.num_shared_experts, config.hidden, config.intermediate)
         self.packing = IMAGES[config.weight_format]
         self.shapes = [self.packing.image_shape(1, *sizes), self.packing.image_shape(2, *sizes)]
         if config.bias:
             self.shapes += [(sizes[0], 4 * 2 * config.intermediate), (sizes[0], 4 * config.hidden)]
         self.params = shared.base_params()
         p = self.params
-        p.hidden, p.intermediate, p.topk = config.hidden, config.intermediate, config.topk
-        p.num_local_experts = sizes[0]
+        p.hidden, p.intermediate, p.topk = config.hidden, config.intermediate, config.token_slots
+        p.num_local_experts, p.num_shared_experts = sizes[0], config.num_shared_experts
         p.swiglu_limit = math.inf if config.swiglu_limit is None else config.swiglu_limit
         slope, p.up_shift = (OAI_ALPHA, 1.0) if config.activation == "swiglu_oai" else (1.0, 0.0)
         p.gate_exponent = -slope * math.log2(math.e)
-        self.ep_size, self.slots = shared.ep_size, sizes[0]
+        self.ep_size = shared.ep_size
         self.cuts, self.cut = shared.cuts.setdefault(config, {}), None
         self.launches: dict[LoadedKernel, BoundLaunch] = {}  # of self.params
         self.ranks = [p.ranks[i] for i in range(shared.num_ranks)]  # views, which cost less than to index each time

@@ -50,8 +50,9 @@ class TorchEngine:
         The placement is the default one again.
         """
         if self.weights is None:
+            shared = self.config.num_shared_experts
             self.weights = [
-                ExpertWeights(*(None if t is None else t.new_empty(self.slots, *t.shape[1:]) for t in rank))
+                ExpertWeights(*(None if t is None else t.new_empty(self.slots + shared, *t.shape[1:]) for t in rank))
                 for rank in weights
             ]
         for mine, theirs in zip(self.weights, weights, strict=True):
@@ -122,7 +123,7 @@ class TorchEngine:
         results = moe_layer(config, self.exchange, self.weights, slots, trace=trace)
         placement = torch.from_numpy(loaded.placement.reshape(self.ep_size, -1))
         for rank, (logical, physical) in zip(self.exchange.ranks, self.load_count, strict=True):
-            rows, held = torch.tensor(trace[rank]["rows"].num_rows), placement[rank]
+            rows, held = torch.tensor(trace[rank]["rows"].num_rows)[: self.slots], placement[rank]
             physical += rows
             logical.index_add_(0, held[held >= 0], rows[held >= 0])
         return results

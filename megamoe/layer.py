@@ -80,7 +80,8 @@ class MoELayer(nn.Module):
         linear1_bias: Tensor | Sequence[Tensor] | None = None,
         linear2_bias: Tensor | Sequence[Tensor] | None = None,
     ) -> None:
-        """Copy in the local experts; again later, in place (also under captured graphs).
+        """Copy in the local experts; again later, in place (also under captured graphs). MoEConfig.num_shared_experts
+        more follow them in each tensor, equal on all ranks, and count as local experts in the shapes below.
 
         linear1: [num_local_experts, 2 * intermediate, hidden], first the gate rows, then the up rows.
         linear2: [num_local_experts, hidden, intermediate].
@@ -108,9 +109,9 @@ class MoELayer(nn.Module):
                 ("linear1_bias", linear1_bias), ("linear2_bias", linear2_bias),
             )
         ]  # fmt: skip
-        num_local_experts = self.config.num_local_experts(self.workspace.ep_size)
+        num_experts = self.config.num_local_experts(self.workspace.ep_size) + self.config.num_shared_experts
         weights = [
-            checks.expert_weights(self.config, num_local_experts, self.workspace.device, rank, *row)
+            checks.expert_weights(self.config, num_experts, self.workspace.device, rank, *row)
             for rank, row in zip(self._suffixes(), zip(*columns, strict=True), strict=True)
         ]
         dtypes = {rank_weights.linear1.dtype for rank_weights in weights}
@@ -186,7 +187,8 @@ class MoELayer(nn.Module):
             zero.
         num_tokens_bound: int equal on all ranks, n <= num_tokens_bound <= capacity; None = capacity.
         out: None, or bf16 [n, hidden] to write to (weight_format="bf16": the dtype of the weights).
-        -> out, or a new tensor like it. A token without a used slot gives exact zeros.
+        -> out, or a new tensor like it. A token without a used slot gives exact zeros, or what the shared experts make
+            of it.
 
         ValueError, TypeError: what the host can check, raised before anything is sent; ids are checked on CPU only.
         MegaMoEError: an id out of range on CUDA, a peer that did not come, an earlier failure (until

@@ -76,11 +76,13 @@ class Dims:
     max_block_tokens: int  # largest tile that any call can choose
     expert_bytes: int = 0
     num_staged_experts: int = 0
+    token_slots: int = 0  # topk, and one for each shared expert
+    num_shared_experts: int = 0  # the last of num_local_experts
 
     @property
     def rows(self) -> int:
-        """Most (token, slot) rows that one rank can receive."""
-        return self.ep_size * self.capacity * self.topk
+        """Most (token, slot) rows that one rank can receive; those of shared experts are its own tokens'."""
+        return self.capacity * (self.ep_size * self.topk + self.num_shared_experts)
 
     def m_blocks(self, block_tokens: int) -> int:
         """Most token blocks of one rank: every local expert can end in one partial block."""
@@ -131,15 +133,15 @@ REGIONS = (
            "source's exchange warps", "tokens or exchange warps", "epoch of a received row"),
     Region("combine_ready", "symmetric", "u32", lambda d: (d.capacity, MAX_TOPK),
            "expert rank's store warp", "owner's exchange warps", "epoch of a combine_y row"),
-    Region("head_idx", "symmetric", "i32", lambda d: (2, d.ep_size, d.capacity, d.topk),
+    Region("head_idx", "symmetric", "i32", lambda d: (2, d.ep_size, d.capacity, d.token_slots),
            "source's exchange warps", "plan warps", "expert of each slot, -1 = unused"),
-    Region("head_weights", "symmetric", "f32", lambda d: (2, d.ep_size, d.capacity, d.topk),
+    Region("head_weights", "symmetric", "f32", lambda d: (2, d.ep_size, d.capacity, d.token_slots),
            "source's exchange warps", "tokens warps", "top-k weights"),
     Region("recv_x", "symmetric", "e4m3", lambda d: (d.ep_size, d.capacity, d.hidden),
            "source's exchange warps", "tokens or exchange warps", "token rows, once per (token, rank)"),
     Region("recv_x_sf", "symmetric", "f32", lambda d: (d.ep_size, d.capacity, d.hidden // K_BLOCK),
            "source's exchange warps", "tokens or exchange warps", "their scale factors"),
-    Region("combine_y", "symmetric", "bf16", lambda d: (d.capacity, d.topk, d.hidden),
+    Region("combine_y", "symmetric", "bf16", lambda d: (d.capacity, d.token_slots, d.hidden),
            "expert rank's store or math warps", "owner's exchange warps", "linear2 rows, one per slot"),
     Region("staging", "symmetric", "u8", lambda d: (2, d.num_staged_experts, d.expert_bytes),
            "sender of a rebalance", "receiver, after the next call", "weight images on the move; two banks by step"),
@@ -157,7 +159,7 @@ REGIONS = (
            "store warp (linear2)", "its last arriver, which zeroes it", "linear2 tiles done"),
     Region("range_count", "local", "u32", lambda d: (d.num_ctas, MAX_LOGICAL_EXPERTS),
            "plan warps", "plan warps", "rows per CTA range and expert"),
-    Region("chosen", "local", "i32", lambda d: (d.capacity, d.topk),
+    Region("chosen", "local", "i32", lambda d: (d.capacity, d.token_slots),
            "plan warps", "exchange warps", "slot over all ranks of each of the rank's own rows, if counts choose it"),
     Region("row_list", "local", "u32", lambda d: (d.rows,),
            "plan warps", "tokens warps", "packed (source, token, slot), sorted by expert"),
@@ -219,8 +221,7 @@ class RankBiases(ctypes.Structure):
 
 
 class KernelParams(ctypes.Structure):
-    """The kernel's only parameter, passed by value. What only builds with -DEXTRAS read comes last: the others' code
-    holds the offsets of the rest."""
+    """The kernel's only parameter, passed by value. Last what only -DEXTRAS reads: the others' code holds offsets."""
 
     _fields_ = (
         ("arena", ctypes.c_uint64 * MAX_EP_SIZE),  # every rank's symmetric arena, as addressed from here
@@ -236,8 +237,8 @@ class KernelParams(ctypes.Structure):
         ("ctas_per_rank", ctypes.c_uint32),
         ("hidden", ctypes.c_uint32),
         ("intermediate", ctypes.c_uint32),
-        ("num_local_experts", ctypes.c_uint32),
-        ("topk", ctypes.c_uint32),
+        ("num_local_experts", ctypes.c_uint32),  # slots for experts, the shared ones' last
+        ("topk", ctypes.c_uint32),  # slots of a token, the shared experts' included
         ("capacity", ctypes.c_uint32),
         ("slices", ctypes.c_uint32),  # head slices of the workspace's capacity
         ("order_group", ctypes.c_uint32),
@@ -249,6 +250,7 @@ class KernelParams(ctypes.Structure):
         ("weights_are_bf16", ctypes.c_uint32),
         ("swiglu_limit", ctypes.c_float),  # +inf: no clamp
         ("biases", RankBiases * MAX_VIRTUAL_RANKS),
+        ("num_shared_experts", ctypes.c_uint64),
         ("gate_exponent", ctypes.c_float),  # sigmoid(slope * gate) = 1 / (1 + 2^(gate_exponent * gate))
         ("up_shift", ctypes.c_float),  # added to up
     )
@@ -319,7 +321,9 @@ def dims_of(moe_configs: Sequence, ep_config, ep_size: int, num_ctas: int = 132)
         capacity=capacity,
         hidden=max(c.hidden for c in moe_configs),
         intermediate=max(c.intermediate for c in moe_configs),
-        num_local_experts=max(ep_config.num_slots(c, ep_size) for c in moe_configs),
+        num_local_experts=max(ep_config.num_slots(c, ep_size) + c.num_shared_experts for c in moe_configs),
+        num_shared_experts=max(c.num_shared_experts for c in moe_configs),
+        token_slots=max(c.token_slots for c in moe_configs),
         expert_bytes=max(map(expert_bytes, moe_configs)) if staged else 0,
         num_staged_experts=staged,
         topk=max(c.topk for c in moe_configs),

@@ -7,7 +7,7 @@ also runs on CUDA tensors. Speed is no aim; every number is defined here.
 
 Conventions. n = num_tokens of a rank, E = num_local_experts. Expert e lives on rank e // E. A *row* is one used slot
 of one token. Rows of one rank are sorted by (local_expert, src_rank, token, slot), and this order is part of the
-specification.
+specification. Shared experts are local experts of every rank, after the E, and slots of its tokens, after the topk.
 A NaN or infinity in one token reaches no other token: no step mixes rows before combine, and combine mixes only a
 token's own.
 """
@@ -37,11 +37,12 @@ __all__ = [
     "linear2",
     "moe_layer",
     "route",
+    "slot_experts",
     "swiglu",
 ]
 
 class ExpertWeights(NamedTuple):
-    """The experts of one rank.
+    """The experts of one rank: E of them, of which the last MoEConfig.num_shared_experts are the shared ones.
 
     linear1: e4m3 [E, 2 * intermediate, hidden], first `intermediate` rows gate, then up. bf16 format: bf16 or fp32.
     linear1_sf: fp32 [E, 2 * intermediate / 128, hidden / 128]; None in bf16 format.
@@ -96,22 +97,24 @@ class Dispatched(NamedTuple):
 
 
 def dispatch(config: MoEConfig, exchange, inputs: list[RankInput]) -> list[Dispatched]:
-    """Quantize each token once on its own rank, then send one row per used slot to the rank of its expert.
+    """Quantize each token once on its own rank, then send one row per used slot to the rank of its expert; a shared
+    expert's slot is used by every token, with weight 1, and stays on its rank.
 
     inputs: one per rank held here (exchange.ranks) -> rows, one Dispatched per rank held here.
     Quantization comes before the exchange (DeepSeek-V3 report, 3.3.3): the wire carries e4m3 and scale factors.
     """
-    num_local_experts = config.num_local_experts(exchange.ep_size)
+    num_local_experts = config.num_local_experts(exchange.ep_size) + config.num_shared_experts
     sends = []
-    for rank_input in inputs:
+    for ep_rank, rank_input in zip(exchange.ranks, inputs, strict=True):
         n = _num_tokens(rank_input)
         x, x_sf = rank_input.x[:n], rank_input.x_sf
         if config.has_e4m3_activations:
             x, x_sf = quantize_rows(x) if x_sf is None else Quantized(x, x_sf[:n])
-        topk_idx = rank_input.topk_idx[:n].long()
-        token, slot = (topk_idx >= 0).nonzero(as_tuple=True)  # row-major: by token, then slot
-        expert = topk_idx[token, slot]
-        topk_weight = rank_input.topk_weights[:n].float()[token, slot]
+        idx = slot_experts(config, exchange.ep_size, ep_rank, rank_input.topk_idx[:n])
+        token, slot = (idx >= 0).nonzero(as_tuple=True)  # row-major: by token, then slot
+        expert = idx[token, slot]
+        topk_weights = rank_input.topk_weights[:n].float()
+        topk_weight = torch.nn.functional.pad(topk_weights, (0, config.num_shared_experts), value=1.0)[token, slot]
         dst_rank = expert // num_local_experts
         to_ranks = []
         for dst in range(exchange.ep_size):
@@ -121,6 +124,18 @@ def dispatch(config: MoEConfig, exchange, inputs: list[RankInput]) -> list[Dispa
             to_ranks.append((*bundle, x_sf[token[picked]]) if x_sf is not None else tuple(bundle))
         sends.append(to_ranks)
     return [_sort_rows(received, num_local_experts) for received in exchange.all_to_all(sends, "dispatch")]
+
+
+def slot_experts(config: MoEConfig, ep_size: int, ep_rank: int, topk_idx: Tensor) -> Tensor:
+    """The expert of each slot of a rank's tokens, -1 = unused: int64 [n, topk + num_shared_experts].
+
+    Experts are counted over all ranks, each rank's shared ones behind its own; without shared experts, topk_idx.
+    """
+    shared, own = config.num_shared_experts, config.num_local_experts(ep_size)
+    idx = topk_idx.long()
+    idx = torch.where(idx >= 0, idx + idx // own * shared, -1)
+    last = torch.arange(shared, device=idx.device) + ep_rank * (own + shared) + own
+    return torch.cat([idx, last.expand(len(idx), shared)], 1)
 
 
 def linear1(
@@ -186,12 +201,12 @@ def combine(
 ) -> list[Tensor]:
     """Send each row back to its token's rank and add a token's rows in fp32, in slot order 0, 1, ..., then round once.
 
-    num_domains: with several, domain d has experts from d * num_experts / num_domains on; slots of one domain are added
+    num_domains: with several, domain d has an equal part of the ranks with their experts; slots of one domain are added
     in slot order and rounded to the dtype of y, as that partial sum travels, then add_domains adds the domains.
 
     rows, y: one per rank held here, as dispatch and linear2 returned them.
     -> [n, hidden] in the dtype of y, one per rank held here.
-    A token without a used slot, or beyond num_tokens, gives exact zeros.
+    A token without a used slot, or beyond num_tokens, gives exact zeros. The shared experts' rows come last.
     Source: the sum over selected experts of Shazeer et al., "Outrageously Large Neural Networks" (arXiv 1701.06538),
     eq. 1, with the weights already inside the rows. The fixed order makes it reproducible bit for bit.
     """
@@ -200,15 +215,18 @@ def combine(
         where = torch.stack([rank_rows.token, rank_rows.slot], 1)
         back = [(rank_rows.src_rank == src).nonzero(as_tuple=True)[0] for src in range(exchange.ep_size)]
         sends.append([(rank_y[picked], where[picked]) for picked in back])
-    outputs = []
-    for rank_input, rank_y, received in zip(inputs, y, exchange.all_to_all(sends, "combine"), strict=True):
+    outputs, ep_size = [], exchange.ep_size
+    experts_a_domain = (config.num_local_experts(ep_size) + config.num_shared_experts) * ep_size // num_domains
+    received_y = exchange.all_to_all(sends, "combine")
+    for ep_rank, rank_input, rank_y, received in zip(exchange.ranks, inputs, y, received_y, strict=True):
         shape = num_domains, rank_input.x.shape[0], config.hidden
         total = torch.zeros(shape, dtype=torch.float32, device=rank_y.device)
         row_y = torch.cat([bundle[0] for bundle in received])
         token, slot = torch.cat([bundle[1] for bundle in received]).unbind(1)
-        for k in range(config.topk):
+        idx = slot_experts(config, ep_size, ep_rank, rank_input.topk_idx)
+        for k in range(config.token_slots):
             picked = slot == k  # at most one row per token, so that the indexed add has no order of its own
-            domain = rank_input.topk_idx[token[picked], k].long() // (config.num_experts // num_domains)
+            domain = idx[token[picked], k] // experts_a_domain
             total[domain, token[picked]] += row_y[picked].float()
         outputs.append(add_domains(total.to(rank_y.dtype)))
     return outputs

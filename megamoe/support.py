@@ -32,7 +32,7 @@ def support(
     reasons = []
     redundant = 0 if ep_config is None else ep_config.num_redundant_slots_per_rank
     try:
-        num_local_experts = config.num_local_experts(ep_size)
+        num_local_experts = config.num_local_experts(ep_size) + config.num_shared_experts
     except ValueError as error:
         reasons.append(str(error))
     else:
@@ -45,13 +45,16 @@ def support(
             reasons.append(
                 f"num_experts={config.num_experts} over ep_size={ep_size} ranks is {num_local_experts} experts a "
                 "rank, above "
-                f"{MAX_LOCAL_EXPERTS}; use at least {-(-config.num_experts // MAX_LOCAL_EXPERTS)} ranks"
+                f"{MAX_LOCAL_EXPERTS}; use at least "
+                f"{-(-config.num_experts // (MAX_LOCAL_EXPERTS - config.num_shared_experts))} ranks"
             )
     try:
         num_domains = 1 if ep_config is None else ep_config.num_domains(ep_size)
     except ValueError as error:
         reasons.append(str(error))
         num_domains = 1
+    if config.num_shared_experts:
+        reasons += _shared_reasons(config, ep_config, num_domains)
     if num_domains > 1:
         from megamoe.domains.workspace import domain_ep_config  # it needs Workspace's own imports
 
@@ -60,6 +63,18 @@ def support(
     if device is not None:
         reasons += _device_reasons(config, ep_config, ep_size, torch.device(device))
     return Report(not reasons, tuple(reasons))
+
+
+def _shared_reasons(config: MoEConfig, ep_config: EPConfig | None, num_domains: int) -> list[str]:
+    shared, reasons = f"num_shared_experts={config.num_shared_experts}", []
+    if num_domains > 1:  # a domain serves other domains' tokens as its own, and would send them to its shared experts
+        reasons.append(f"{shared} on {num_domains} NVLink domains is not supported; use 0, add their output yourself")
+    if ep_config is not None and ep_config.takes_plans:
+        reasons.append(
+            f"{shared} with num_redundant_slots_per_rank or num_staged_experts is not supported; set both to 0, or "
+            "num_shared_experts"
+        )
+    return reasons
 
 
 def _kernel_limits(ep_config: EPConfig | None, ep_size: int) -> list[str]:

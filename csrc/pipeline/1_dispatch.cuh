@@ -4,6 +4,7 @@
 #pragma once
 #include "config.cuh"
 #include "debug/faults.cuh"
+#include "extras.cuh"
 #include "ptx/convert.cuh"
 #include "roles.cuh"
 #include "sched/replica.cuh"
@@ -24,7 +25,16 @@ MOE_DEVICE ReplicaMap replica_map(const Launch& l) { return {reinterpret_cast<co
 MOE_DEVICE u32 first_item(const Launch& l) { return (warp_id() - kExchangeWarp) * l.num_ctas + l.cta; }
 MOE_DEVICE u32 item_stride(const Launch& l) { return l.num_ctas * kExchangeWarps; }
 
+// Slot i is token * topk + slot, the shared experts' slots included.
+MOE_DEVICE bool is_shared(const Launch& l, u64 i) { return kExtras && shared_experts(l).has(static_cast<u32>(i)); }
+MOE_DEVICE i32 shared_idx(const Launch& l, u64 i) { return shared_experts(l).own(l.me.ep_rank, static_cast<u32>(i)); }
+MOE_DEVICE u64 given_slot(const Launch& l, u64 i) {
+    if constexpr (!kExtras) return i;
+    return shared_experts(l).given(static_cast<u32>(i));
+}
+
 MOE_DEVICE i32 read_topk_idx(const Launch& l, u64 i) {
+    i = given_slot(l, i);
     if (l.p.idx_is_int64) {
         const i64 id = reinterpret_cast<const i64*>(l.me.topk_idx)[i];  // saturated: out of range in any model
         return static_cast<i32>(id > 0x7FFFFFFF ? 0x7FFFFFFF : id < -0x7FFFFFFF ? -0x7FFFFFFF : id);
@@ -33,13 +43,15 @@ MOE_DEVICE i32 read_topk_idx(const Launch& l, u64 i) {
 }
 
 MOE_DEVICE f32 read_topk_weight(const Launch& l, u64 i) {
+    if (is_shared(l, i)) return 1.0f;
+    i = given_slot(l, i);
     if (l.p.weights_are_bf16) return ptx::bf16_low(reinterpret_cast<const u16*>(l.me.topk_weights)[i]);
     return reinterpret_cast<const f32*>(l.me.topk_weights)[i];
 }
 
 // Experts that the caller may name.
 MOE_DEVICE u32 num_logical_experts(const Launch& l) {
-    return has_plan(l) ? replica_map(l).num_logical() : l.num_experts();
+    return has_plan(l) ? replica_map(l).num_logical() : l.num_experts() - shared_experts(l).count * l.p.ep_size;
 }
 
 // Copies are chosen from the counts of all ranks, by the plan step (sched/chosen.cuh); otherwise by the source alone.
@@ -47,6 +59,7 @@ MOE_DEVICE bool chosen_by_counts(const Launch& l) { return has_plan(l) && replic
 
 // What the routing table says of an id: the slot over all ranks if the source decides alone, the id if counts do.
 MOE_DEVICE i32 table_idx(const Launch& l, i32 id) {
+    if (shared_experts(l).count) return shared_experts(l).routed(l.p.ep_size, id);  // never with a plan
     if (!has_plan(l) || id < 0 || chosen_by_counts(l)) return id;
     const ReplicaMap map = replica_map(l);
     if (static_cast<u32>(id) < map.num_logical()) return static_cast<i32>(map.by_source(l.me.ep_rank, id));
@@ -62,7 +75,7 @@ MOE_DEVICE void push_head(const Launch& l) {
         const u32 begin = slice * kHeadSliceTokens * l.p.topk,
                   end = min_u32(begin + kHeadSliceTokens * l.p.topk, num_tokens * l.p.topk);
         for (u32 i = begin + lane; i < end; i += 32) {
-            const i32 id = table_idx(l, read_topk_idx(l, i));
+            const i32 id = is_shared(l, i) ? shared_idx(l, i) : table_idx(l, read_topk_idx(l, i));
             const f32 weight = read_topk_weight(l, i);
             for (u32 dst = 0; dst < l.p.ep_size; ++dst) {
                 l.head_idx(dst, me)[i] = MOE_FAULT(l, routing, id);
@@ -179,7 +192,9 @@ MOE_DEVICE void push_row(const Launch& l, u32 token, u32 dst_mask, u32 lane) {
 
 // Slot over all ranks of one row of this rank's tokens. Where counts choose: from the plan step, see push_rows.
 MOE_DEVICE i32 row_slot_idx(const Launch& l, bool by_counts, u32 token, u32 k) {
-    const i32 id = read_topk_idx(l, u64(token) * l.p.topk + k);
+    const u64 i = u64(token) * l.p.topk + k;
+    if (is_shared(l, i)) return shared_idx(l, i);
+    const i32 id = read_topk_idx(l, i);
     if (!by_counts) return table_idx(l, id);
     return id == -1 ? -1 : static_cast<i32>(ptx::ld_cg(reinterpret_cast<const u32*>(l.chosen(token)) + k));
 }

@@ -18,7 +18,9 @@ MOE_DEVICE u32 used_slots(const Launch& l, u32 token) {
     u32 used = 0;
     if (token >= l.num_tokens) return 0;
 #pragma unroll 1
-    for (u32 slot = 0; slot < l.p.topk; ++slot) used |= (read_topk_idx(l, u64(token) * l.p.topk + slot) != -1) << slot;
+    for (u32 slot = 0; slot < routed_slots(l); ++slot)
+        used |= (read_topk_idx(l, u64(token) * l.p.topk + slot) != -1) << slot;
+    if constexpr (kExtras) used |= (1u << l.p.topk) - (1u << routed_slots(l));  // shared experts' slots: always
     return used;
 }
 

@@ -41,7 +41,10 @@ def cut_launch(config, ep_size: int, num_tokens_bound: int, num_warps: int) -> C
 
 
 def rows_wanted(config, ep_size: int, num_tokens_bound: int) -> float:
-    """Rows an expert on average, r, and 1.5 standard deviations of a uniform routing."""
+    """Rows a routed expert on average, r, and 1.5 standard deviations of a uniform routing.
+
+    A shared expert may have more, and take several blocks; its weights come from the L2 cache after the first, since
+    blocks of one expert run together."""
     rows = max(num_tokens_bound, 1) * ep_size * config.topk / config.num_experts
     return rows + 1.5 * math.sqrt(rows)
 

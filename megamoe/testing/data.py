@@ -59,10 +59,12 @@ def _generator(device, *key: int) -> torch.Generator:
 def make_weights(
     seed: int, config: MoEConfig, ep_size: int, ep_rank: int, device="cpu", dtype: torch.dtype = torch.bfloat16
 ) -> ExpertWeights:
-    """Normal weights scaled by 1 / sqrt(fan-in), one expert at a time so that no fp32 copy of all experts exists."""
+    """Normal weights scaled by 1 / sqrt(fan-in), one expert at a time so that no fp32 copy of all experts exists.
+
+    Shared experts are others on each rank, unlike a model's: a token that went to another rank's shows."""
     generator = _generator(device, seed, 1, ep_rank)
     parts = ([], [], [], [])
-    for _ in range(config.num_local_experts(ep_size)):
+    for _ in range(config.num_local_experts(ep_size) + config.num_shared_experts):
         shapes = (2 * config.intermediate, config.hidden), (config.hidden, config.intermediate)
         for i, shape in enumerate(shapes):
             matrix = torch.randn(shape, generator=generator, device=device) / shape[1] ** 0.5

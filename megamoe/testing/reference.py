@@ -85,7 +85,7 @@ def moe_reference(config, weights, inputs, tokens: list[list[int]] | None = None
     """
     fp8 = config.weight_format != "bf16"  # activations
     num_local_experts = config.num_experts // len(weights)
-    wanted: dict[int, list[tuple[int, int, int]]] = {}
+    wanted: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # by rank and local expert
     xs, totals, rows = [], [], {}
     for rank, rank_input in enumerate(inputs):
         n = rank_input.x.shape[0]
@@ -100,10 +100,13 @@ def moe_reference(config, weights, inputs, tokens: list[list[int]] | None = None
             if token < used:
                 for slot in range(config.topk):
                     if ids[token][slot] != -1:
-                        wanted.setdefault(ids[token][slot], []).append((rank, token, slot))
+                        home = divmod(ids[token][slot], num_local_experts)
+                        wanted.setdefault(home, []).append((rank, token, slot))
+                for shared in range(config.num_shared_experts):
+                    home = rank, num_local_experts + shared
+                    wanted.setdefault(home, []).append((rank, token, config.topk + shared))
     with np.errstate(all="ignore"):  # NaN and infinity are legal inputs
-        for expert, places in wanted.items():
-            home, local = divmod(expert, num_local_experts)
+        for (home, local), places in wanted.items():
             rank_weights = weights[home]
             sf1 = rank_weights.linear1_sf[local] if fp8 else None
             sf2 = rank_weights.linear2_sf[local] if fp8 else None
@@ -122,7 +125,7 @@ def moe_reference(config, weights, inputs, tokens: list[list[int]] | None = None
                 if config.swiglu_limit is not None:
                     gate = np.minimum(gate, config.swiglu_limit)
                     up = np.minimum(np.maximum(up, -config.swiglu_limit), config.swiglu_limit)
-                topk_weight = float(inputs[rank].topk_weights[token, slot])
+                topk_weight = float(inputs[rank].topk_weights[token, slot]) if slot < config.topk else 1.0
                 if config.activation == "swiglu_oai":
                     h = gate * (1.0 / (1.0 + np.exp(-1.702 * gate))) * (up + 1.0) * topk_weight
                 else:

@@ -19,7 +19,7 @@ RANKS = 2
 
 def make_engine(config: MoEConfig) -> FusedEngine:
     shared = SimpleNamespace(ep_size=RANKS, ep_config=EPConfig(8, RANKS), device=torch.device("cpu"), num_ranks=RANKS,
-                             base_params=layout.KernelParams)  # fmt: skip
+                             base_params=layout.KernelParams, cuts={})  # fmt: skip
     return FusedEngine(config, SimpleNamespace(fused=shared))
 
 

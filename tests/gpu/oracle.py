@@ -51,6 +51,7 @@ def draw(
     if extras:
         wanted = r.choice((("swiglu_oai", True), ("swiglu_oai", False), ("swiglu", True)))
         config = replace(config, activation=wanted[0], bias=wanted[1], swiglu_limit=r.choice((None, 0.5, 7.0)))
+        config = replace(config, num_shared_experts=min(r.choice((0, 0, 1, 2, 4)), 16 - topk))
     num_tokens = tuple(r.choice(TOKENS) for _ in range(ep_size))
     capacity = max(max(num_tokens), 1) + r.choice((0, 0, 1, 50))
     bound = r.choice((None, max(num_tokens)))

@@ -1,11 +1,11 @@
-"""Kernels with -DEXTRAS: gpt-oss's gating and biases, in both weight formats. Stage by stage: test_stages.py."""
+"""Kernels with -DEXTRAS: gpt-oss's gating, biases, shared experts, in both weight formats. By stage: test_stages.py."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from megamoe import EPConfig, MoEConfig, MoELayer, Workspace, plan_experts, steps
+from megamoe import EPConfig, MegaMoEError, MoEConfig, MoELayer, Workspace, plan_experts, steps
 from megamoe.exchange import LocalExchange
 from megamoe.plan import popularity
 from megamoe.plan.tiles import TILES
@@ -89,6 +89,53 @@ def test_layers_with_and_without_extras_share_a_workspace():
                 served(layer, case)
         for layer in layers:
             layer.close()
+
+
+SHARED = MoEConfig(512, 256, 8, 3, num_shared_experts=2)
+
+
+@pytest.mark.parametrize("weight_format", TILES)
+@pytest.mark.parametrize("ep_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_tokens", [1, 37, 700])
+def test_shared_experts_serve_every_token_of_their_rank(weight_format, ep_size, num_tokens):
+    """Those of the ranks differ here; some tokens have no other expert, and one rank has no token."""
+    config = replace(SHARED, weight_format=weight_format)
+    counts = [num_tokens] * (ep_size - 1) + [0 if ep_size > 1 else num_tokens]
+    case = make_case(9, config, ep_size, counts, "holes", "cuda", prequantized=num_tokens == 37)
+    with Workspace(config, EPConfig(num_tokens, ep_size), device="cuda") as workspace:
+        with MoELayer(config, workspace) as layer:
+            oracle.load(layer, case)
+            assert torch.equal(served(layer, case), served(layer, case))
+
+
+def test_shared_experts_alone():
+    case = make_case(9, SHARED, 2, 50, "none", "cuda")
+    with Workspace(SHARED, EPConfig(64, 2), device="cuda") as workspace, MoELayer(SHARED, workspace) as layer:
+        oracle.load(layer, case)
+        assert served(layer, case).any()
+        fewer = [i._replace(num_tokens=torch.tensor([20], dtype=torch.int32, device="cuda")) for i in case.inputs]
+        outs = oracle.run_layer(layer, case._replace(inputs=fewer))
+        torch.cuda.synchronize()
+        assert not any(out[20:].any() for out in outs)
+        assert oracle.compare(SHARED, outs, oracle.spec(case._replace(inputs=fewer))).ok
+
+
+@pytest.mark.parametrize("wrong", [8, 9, 11, 500, -2])
+def test_no_id_names_a_shared_expert(wrong):
+    case = make_case(9, SHARED, 2, 8, "uniform", "cuda")
+    ep_config = EPConfig(8, 2, arrive_deadline_s=5.0, step_deadline_s=5.0)
+    with Workspace(SHARED, ep_config, device="cuda") as workspace, MoELayer(SHARED, workspace) as layer:
+        oracle.load(layer, case)
+        before = case.inputs[1].topk_idx[5, 2].clone()
+        case.inputs[1].topk_idx[5, 2] = wrong
+        outs = oracle.run_layer(layer, case)
+        torch.cuda.synchronize()
+        with pytest.raises(MegaMoEError, match=f"token 5 of rank 1 names expert {wrong}; legal are -1 and 0 to 7"):
+            layer.check()
+        assert all(bool(out.isnan().all()) for out in outs)
+        workspace.reset()
+        case.inputs[1].topk_idx[5, 2] = before
+        served(layer, case)
 
 
 @pytest.mark.parametrize("choice", ["static", "balanced"])

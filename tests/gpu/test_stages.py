@@ -25,6 +25,7 @@ CASES = {
     "wide": (MoEConfig(4096, 2048, 8, 2), (24, 24), "zipf", True),
     "gpt-oss": (MoEConfig(640, 384, 6, 4, "fp8", 2.0, "swiglu_oai", bias=True), (70, 150), "zipf", False),
     "biases": (MoEConfig(512, 256, 4, 2, bias=True), (33, 9), "holes", True),
+    "shared experts": (MoEConfig(384, 256, 6, 3, num_shared_experts=2), (140, 21), "holes", False),
 }
 
 
