@@ -15,6 +15,8 @@ from .split import fill_flows
 # Estimate, chosen on sampled Zipf, lognormal and group-correlated tokens: too low wastes slots, too high plans rows
 # for nodes that the tokens cannot reach.
 EXCHANGE = 0.3
+# Of redundant copies after they are dealt; more cost more time than they bring (58 layers: 20 ms each).
+SEARCH_MOVES = 100
 
 
 def reach(load, home_node, max_nodes, num_nodes):
@@ -71,7 +73,14 @@ def place_grouped(load, *, num_ranks, num_nodes, num_redundant_experts, num_grou
             passes = 8 if step == num_redundant_experts - 1 else 2
             flow = planned_flow(held, load, home_node, node_of, part, passes=passes)
             level = flow.sum(1)
+    if num_redundant_experts:
+        placed, flow = _retarget(placed, load, home_node, SEARCH_MOVES, num_nodes=num_nodes, max_nodes=max_nodes,
+                                 unevenness=_high_norm, rest=num_redundant_experts // 2)
     return placed, flow, home_node
+
+
+def _high_norm(level):
+    return ((level / level.mean(1, keepdims=True)) ** 24).sum(1)
 
 
 def planned_flow(held, load, home_node, node_of, part, *, passes=8):
@@ -104,10 +113,16 @@ def planned_flow(held, load, home_node, node_of, part, *, passes=8):
 
 
 def update_grouped(placed, load, home_node, move_budget, *, num_nodes, max_nodes):
-    """The same after drift, home copies left alone: (placed, flow) with at most move_budget changed slots a layer.
+    """The same after drift, home copies left alone: (placed, flow) with at most move_budget changed slots a layer."""
+    return _retarget(placed, load, home_node, move_budget, num_nodes=num_nodes, max_nodes=max_nodes,
+                     unevenness=lambda level: level.max(1), rest=0)
+
+
+def _retarget(placed, load, home_node, moves, *, num_nodes, max_nodes, unevenness, rest):
+    """Redundant copies given to other experts: (placed, flow), the most even state on the way.
 
     Each move takes the redundant copy that costs least to lose, on a cold rank, and makes it the copy there that
-    relieves the hottest rank most. The state with the smallest largest rank on the way is returned.
+    relieves the hottest rank most; it then stays for `rest` moves. unevenness: of float64 [layers, num_ranks].
     """
     num_layers, num_logical = load.shape
     num_ranks, slots = placed.shape[1:]
@@ -122,8 +137,9 @@ def update_grouped(placed, load, home_node, move_budget, *, num_nodes, max_nodes
         return planned_flow(held, load, home_node, node_of, part, passes=passes)
 
     flow = pour(8)
-    best, best_flow, best_max = placed.copy(), flow.copy(), flow.sum(1).max(1)
-    for _ in range(move_budget):
+    best, best_flow, least = placed.copy(), flow.copy(), unevenness(flow.sum(1))
+    free_again = np.zeros((num_layers, num_ranks * slots), np.int64)
+    for move in range(moves):
         level = flow.sum(1)
         at_home = (held & (home_node[..., None] == node_of)).sum(2)
         expert = placed.reshape(num_layers, -1)
@@ -131,7 +147,7 @@ def update_grouped(placed, load, home_node, move_budget, *, num_nodes, max_nodes
         # The last copy on the home node is what keeps the node limit; it never moves.
         needed = (home_node[layer[:, None], expert] == node_of[rank_of]) & (at_home[layer[:, None], expert] == 1)
         price = level[:, rank_of] + flow[layer[:, None], expert, rank_of]
-        price = np.where(needed, np.inf, price)
+        price = np.where(needed | (free_again > move), np.inf, price)
         slot = price.argmin(1)
         if not np.isfinite(price[layer, slot]).all():
             break
@@ -144,10 +160,11 @@ def update_grouped(placed, load, home_node, move_budget, *, num_nodes, max_nodes
         placed[layer, rank, slot % slots] = -1
         _, chosen = _add_copy(placed, room, held, flow, level, load, home_node, node_of, part)
         placed[layer, rank, slot % slots] = chosen
+        free_again[layer, slot] = move + rest
         flow = pour(4)
-        largest = flow.sum(1).max(1)
-        better = largest < best_max * (1 - 1e-12)
-        best[better], best_flow[better], best_max[better] = placed[better], flow[better], largest[better]
+        now = unevenness(flow.sum(1))
+        better = now < least * (1 - 1e-12)
+        best[better], best_flow[better], least[better] = placed[better], flow[better], now[better]
     return best, best_flow
 
 

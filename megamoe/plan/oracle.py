@@ -23,7 +23,8 @@ def node_limited_bound(topk_idx, physical_to_logical, num_ranks, num_nodes, max_
 
     topk_idx: int [num_tokens, topk] without unused slots; physical_to_logical: int [num_physical_experts].
     Lagrange dual of the LP in which a token may mix sets of nodes: for any prices of the ranks that sum to 1, the sum
-    over tokens of the cheapest permitted choice is such a bound. `steps` steps of multiplicative weights raise it.
+    over tokens of the cheapest permitted choice is such a bound. `steps` steps of multiplicative weights raise it, of
+    the length that came closest in 60.
     """
     placed = np.asarray(physical_to_logical).reshape(num_ranks, -1)
     held = np.zeros((int(placed.max()) + 1, num_ranks), bool)
@@ -42,7 +43,7 @@ def node_limited_bound(topk_idx, physical_to_logical, num_ranks, num_nodes, max_
         which = np.take_along_axis(slot_price, nodes[:, None, :], 2).argmin(2)
         rank = cheapest[topk_idx, np.take_along_axis(nodes, which, 1)]
         load = np.bincount(rank.ravel(), minlength=num_ranks)
-        log_price += (load / load.mean() - 1) * 0.3 / np.sqrt(1 + step)
+        log_price += (load / load.mean() - 1) * 3 / np.sqrt(1 + step)
     return best
 
 

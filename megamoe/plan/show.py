@@ -24,7 +24,7 @@ TRACE_CASES = ((16, 8), (32, 32))
 
 
 def promises(seeds=(1, 2), traces=()):
-    """Rows (dicts) of every promise: line, case, eplb, ours, oracle, needs (text), ok (True, False; "-": not promised).
+    """Rows (dicts) of every promise: line, case, eplb, ours, oracle, needs (text), ok (True or False).
 
     traces: {name: (load [steps, layers, experts], kind [steps])} of recordings (record.py, benchmarks/trace_model.py).
     Needs scipy for the oracle: ImportError without. About two minutes on one core.
@@ -99,8 +99,7 @@ def group_limited(seeds):
                 eplb, ours, oracle, touched = (np.array(column) for column in zip(*each, strict=True))
                 ok = ((ours >= 0.95) | (ours >= 0.98 * oracle)).all() and touched.max() <= 4
                 yield _row("group-limited", f"{kind} {nodes} nodes +{redundant}", eplb.min(), ours.min(),
-                           oracle[ours.argmin()], ">= 0.95 or 0.98 of oracle, <= 4 nodes a token",
-                           ok if kind != "group" else "-" if touched.max() <= 4 else False,
+                           oracle[ours.argmin()], ">= 0.95 or 0.98 of oracle, <= 4 nodes a token", ok,
                            nodes_a_token=int(touched.max()))
 
 
@@ -199,4 +198,4 @@ def _ms(call):
 
 def _row(line, case, eplb, ours, oracle, needs, ok, **more):
     numbers = {"eplb": float(eplb), "ours": float(ours), "oracle": "-" if oracle is None else float(oracle)}
-    return {"line": line, "case": case} | numbers | {"needs": needs, "ok": ok if ok == "-" else bool(ok)} | more
+    return {"line": line, "case": case} | numbers | {"needs": needs, "ok": bool(ok)} | more

@@ -10,8 +10,8 @@ from .split import fill_flows
 # With more sets of nodes than this, tokens keep their experts' home nodes (8 nodes of which 4 are allowed have 70).
 MOST_SETS = 100
 # Exponent that turns rank loads into prices of the node choice: 1 is the gradient of the squared loads, which settles
-# short of the smallest maximum; much more jumps between ranks. 16 came closest to the bound of oracle.py.
-SHARPNESS = 16
+# short of the smallest maximum; much more jumps between ranks. 32 came closest to the bound of oracle.py.
+SHARPNESS = 32
 
 
 def choose_replicas(topk_idx, physical_to_logical, *, num_ranks, num_nodes, home_node=None, max_nodes=None, passes=12,
