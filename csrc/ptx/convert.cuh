@@ -69,7 +69,7 @@ MOE_DEVICE void st_shared_v4(u32 address, uint4 v) {
 }
 MOE_DEVICE f32 ld_shared_f32(u32 address) {
     f32 v;
-    asm volatile("ld.volatile.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
     return v;
 }
 MOE_DEVICE uint4 ld_shared_v4(u32 address) {
