@@ -240,8 +240,12 @@ def _flags(defines: Mapping[str, str | int], arch: str, std: str, lineinfo: bool
         f"--gpu-architecture={arch}",
         f"--std={std}",
         "--ptxas-options=-v",
-        "--no-source-include",
-    ]  # a file in the working directory must never stand in for a shipped header
+        "--no-source-include",  # a file in the working directory must never stand in for a shipped header
+        # NVRTC keeps cubins in the driver's compute cache as well, and says nothing of registers and spills when it
+        # takes one from there: what another process has just compiled would have no report. It is also not our cache,
+        # whose entries only this user can have written.
+        "--no-cache",
+    ]
     if lineinfo:
         flags.append("--generate-line-info")
     for name in sorted(defines):

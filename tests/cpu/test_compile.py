@@ -151,6 +151,13 @@ def test_second_compilation_comes_from_memory_then_from_disk(tmp_path, monkeypat
     assert first.cubin == second.cubin == third.cubin and first.resources == third.resources and first.log == third.log
 
 
+def test_nvrtc_may_not_answer_from_a_cache_of_its_own(tmp_path, monkeypatch):
+    """From there a cubin comes without ptxas's report (seen on a GPU: tests/gpu/test_bindings.py)."""
+    seen, real = [], compile_module._nvrtc_compile
+    monkeypatch.setattr(compile_module, "_nvrtc_compile", lambda *args: seen.append(args[2]) or real(*args))
+    assert product(tmp_path).resources.registers and "--no-cache" in seen[0]
+
+
 def test_key_depends_on_every_input(monkeypatch):
     def key(source_name="a.cu", entry="a", flags=("-DA=1",), sources=None):
         return cache_key(source_name, entry, flags, sources or {"a.cu": "x", "b.cuh": "y"})

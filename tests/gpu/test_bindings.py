@@ -3,6 +3,8 @@
 import ctypes
 import json
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -55,6 +57,18 @@ def probe():
     yield kernel
     torch.cuda.synchronize()
     kernel.close()
+
+
+def test_a_second_process_that_compiles_the_same_gets_ptxas_report_too(tmp_path):
+    """With a driver, NVRTC could take the cubin from the driver's own cache, and would then report nothing."""
+    code = (
+        "import sys; from megamoe_cuda.compile import compile_kernel; "
+        "print(compile_kernel('probe.cu', 'probe', sources={'probe.cu': sys.argv[1]}, cache_dir=sys.argv[2]).resources)"
+    )
+    source = SOURCE + f"// {time.time_ns()}"  # of no earlier run
+    command = [sys.executable, "-c", code, source]
+    one, two = (subprocess.check_output([*command, tmp_path / name], text=True) for name in ("one", "two"))
+    assert "registers=" in one and one == two
 
 
 def launch(probe, y, value, status=0, wait=0, **shape):
