@@ -9,6 +9,7 @@ The markers are lines of their own: <!-- results:begin --> and <!-- results:end 
 <!-- scaling:end --> are there too, scaling.py's tables (results/scaling/*.jsonl) go between them, with a plot; between
 <!-- replicas:begin --> and <!-- replicas:end --> those of replicas.py (results/replicas/*.jsonl).
 A cell is the median over the runs of the newest commit that measured it; two or more also show lowest and highest.
+results/prove/README.md is written too, from what launch/prove.py left there.
 results/times.png is drawn where matplotlib is installed, and shown while it is the picture of these results.
 """
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":  # a script's own folder must not shadow packages of the same names
     sys.path[:] = [str(ROOT)] + [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "benchmarks"]
 
-from benchmarks import picture, replicas_report, scaling_report  # noqa: E402
+from benchmarks import picture, prove_report, replicas_report, scaling_report  # noqa: E402
 from benchmarks.cases import load_cases  # noqa: E402
 from benchmarks.results import RESULTS_DIR, read_results  # noqa: E402
 
@@ -355,6 +356,7 @@ def main(argv: list[str] | None = None) -> int:
             print(block)
             return 0
         block = render_picture(rows, cases, args.results, args.readme, not args.check) + block
+        stale = [] if prove_report.write(args.results / "prove", args.check) else ["prove/README.md"]
         before = args.readme.read_text()
         after = splice(before, block)
         if SCALING[0] in before:
@@ -365,8 +367,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"report.py: {args.readme.name}: {error}", file=sys.stderr)
         return 2
     if args.check:
-        if after != before:
-            print(f"report.py: {args.readme.name} is stale; run python benchmarks/report.py", file=sys.stderr)
+        if stale := stale + [args.readme.name] * (after != before):
+            print(f"report.py: {' and '.join(stale)} is stale; run python benchmarks/report.py", file=sys.stderr)
             return 1
         print(f"{args.readme.name} is up to date")
         return 0

@@ -151,6 +151,10 @@ def rows(only: str | None = None) -> list[table.Row]:
 
 
 def rank_rows(only: str | None) -> list[table.Row]:
+    from megamoe.testing.faults import device_ranks
+
+    if only is not None and not any(re.search(only, fault.name) for fault in device_ranks.FAULTS):
+        return []
     if torch.cuda.device_count() < 2:
         return [table.Row("device", "ranks on two GPUs", "all", {}, 0.0, None, "needs 2 GPUs, found 1")]
     return table.run_module("megamoe.testing.faults.device_ranks", "device", only)
