@@ -102,9 +102,10 @@ def _traces(rows: list[dict]) -> str:
         return ""
     exposed = list(found[0]["exposed_us"])
     out = ["## Where a call's time goes\n",
-           "Microseconds of a traced call (virtual ranks of one GPU), and of an average CTA of it, by what its math "
-           "warps or, where they have none, its exchange warps were doing.\n",
-           "| tokens a rank | whole call | " + " | ".join(exposed) + " |", "|--" * (len(exposed) + 2) + "|"]  # fmt: skip
+           "Microseconds of a traced call, and of an average CTA of it by what it was waiting for or doing "
+           "(`exposed` in `megamoe/trace.py`).\n",
+           "| tokens a rank | whole call | " + " | ".join(exposed) + " |",
+           "|--" * (len(exposed) + 2) + "|"]  # fmt: skip
     for row in found:
         values = " | ".join(f"{row['exposed_us'][name]:.1f}" for name in exposed)
         out.append(f"| {row['step'].partition('-')[2]} | {row['total_us']:.1f} | {values} |")
