@@ -13,6 +13,7 @@ FOLDER or in that folder, of the same device sources on the same kind of GPU.
 """
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import json
@@ -22,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -181,13 +183,21 @@ class Runner:
 
     def output_of(self, step: Step, gpus: list[str]) -> tuple[str, int | str]:
         variables = {**self.environment, "CUDA_VISIBLE_DEVICES": ",".join(gpus), **(step.variables or {})}
-        child = subprocess.Popen(step.command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE,
-                                 stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
-        try:
-            return child.communicate(timeout=self.limit_s)[0], child.returncode
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            return child.communicate()[0], f"ended after {self.limit_s:g} s"
+        # A file and not a pipe: what outlives its parent would keep a pipe open
+        with tempfile.TemporaryFile("w+", errors="replace") as file:
+            child = subprocess.Popen(step.command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=file,
+                                     stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+            status: int | str = f"ended after {self.limit_s:g} s"
+            try:
+                status = child.wait(self.limit_s)
+            except subprocess.TimeoutExpired:
+                for number in (signal.SIGTERM, signal.SIGKILL):  # torchrun ends its ranks on the first
+                    os.killpg(child.pid, number)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        child.wait(20)
+                        break
+            file.seek(0)
+            return file.read(), status
 
     def run(self, step: Step, gpus: list[str]) -> None:
         program, *words = step.command
