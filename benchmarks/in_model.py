@@ -106,6 +106,7 @@ def _errors(
 def overhead_row(device: torch.device) -> dict:
     """Median host time of one eager call, the queue never full: 50 calls of one token between two synchronizations.
 
+    forward_us: of layer.forward, which compiled graphs call: without nn.Module's look for hooks.
     launch_us: of it, the driver and the 0.2 us of Python around it. gpu_us: from the start of one call to that of the
     next on the GPU; where that is no longer than a call, the host was what it waited for.
     """
@@ -121,10 +122,11 @@ def overhead_row(device: torch.device) -> dict:
         topk_weights, out = torch.full((1, 4), 0.25, device=device), torch.empty_like(x)
         stream = torch.cuda.current_stream(device)
 
-        def call() -> None:
-            layer(x, topk_idx, topk_weights, num_tokens_bound=1, out=out)
+        def call(of: Callable = layer) -> None:
+            of(x, topk_idx, topk_weights, num_tokens_bound=1, out=out)
 
         times, gpu_us = _host_us(call)
+        forward_times, _ = _host_us(lambda: call(layer.forward))
         (launch,) = layer._engine.launches.values()
         launch_times, _ = _host_us(lambda: launch(stream.cuda_stream))  # the last call again
         layer.check()
@@ -132,6 +134,7 @@ def overhead_row(device: torch.device) -> dict:
         "part": "overhead",
         "us_per_call": statistics.median(times),
         "min_us": min(times),
+        "forward_us": statistics.median(forward_times),
         "launch_us": statistics.median(launch_times),
         "gpu_us": gpu_us,
         "ranks": rank.ep_size,
@@ -241,8 +244,8 @@ def line(row: dict) -> str:
         if kind in row:
             return f"{what} {kind.replace('_', ' ')}: {row[kind]}"
     if row["part"] == "overhead":
-        return (f"{what} {row['us_per_call']:9.1f} us of the host a call, {row['launch_us']:.1f} of them the launch; "
-                f"{row['gpu_us']:.1f} us on the GPU")  # fmt: skip
+        return (f"{what} {row['us_per_call']:9.1f} us of the host a call, {row['forward_us']:.1f} of layer.forward, "
+                f"{row['launch_us']:.1f} of them the launch; {row['gpu_us']:.1f} us on the GPU")  # fmt: skip
     return f"{what} {row['us']:9.1f} us ({row['experts']})"
 
 

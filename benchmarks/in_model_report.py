@@ -48,10 +48,11 @@ def _logits(cells: dict) -> str:
 
 
 def _overhead(cells: dict) -> str:
-    out = ["| us, ranks: | host, a call | of it the driver's launch | GPU, a call to the next |", "|--" * 4 + "|"]
+    out = ["| us, ranks: | layer(...) | layer.forward(...) | of it the launch | GPU, a call to the next |"]
+    out.append("|--" * 5 + "|")
     for found in cells.values():
         if ran := [row for row in found if "us_per_call" in row]:
-            numbers = (f"{_median(ran, name):.1f}" for name in ("us_per_call", "launch_us", "gpu_us"))
+            numbers = (f"{_median(ran, name):.1f}" for name in ("us_per_call", "forward_us", "launch_us", "gpu_us"))
             out.append(f"| {ran[0]['ranks']} | " + " | ".join(numbers) + " |")
     return "\n".join(out) if len(out) > 2 else ""
 

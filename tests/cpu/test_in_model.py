@@ -67,7 +67,7 @@ def test_the_tables_show_the_newest_commit_and_every_part():
     block = {"mode": "graph", "batch": 8, "experts": "fp8"}
     found = [
         logits_of(1, 0.5, commit="1" * 40), logits_of(2, 0.01), logits_of(3, 0.03), logits_of(1, 0.25, ranks=2),
-        row_of("overhead", 1, us_per_call=14.25, launch_us=5.0, gpu_us=20.0, min_us=14.0),
+        row_of("overhead", 1, us_per_call=14.25, forward_us=13.0, launch_us=5.0, gpu_us=20.0, min_us=14.0),
         row_of("block", 1, implementation="megamoe", us=12.0, **block),
         row_of("block", 1, 2, implementation="megamoe", us=34.0, **block),
         row_of("block", 1, implementation="eager", not_run="it loops", **block),
@@ -77,7 +77,7 @@ def test_the_tables_show_the_newest_commit_and_every_part():
     assert "| mixtral | mxfp4 | 1 | 4096 | 2.00e-02 / 2.00e-02 |" in text
     assert "1111" not in text and "5.00e-01" not in text
     assert "| mixtral | mxfp4 | 2 | 4096 | 2.50e-01 / 2.50e-01 |" in text
-    assert "| 1 | 14.2 | 5.0 | 20.0 |" in text
+    assert "| 1 | 14.2 | 13.0 | 5.0 | 20.0 |" in text
     assert "| 8 | 8, 2 ranks |" in text and "| **megamoe**, fp8 experts, graph | 12 | 34 |" in text
     assert "Not run: eager graph: it loops." in text and "torch 2.11; driver 580; 2026-11-22." in text
     assert in_model_report.markdown([]) == in_model_report.EMPTY
