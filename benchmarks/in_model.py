@@ -3,13 +3,13 @@
 
     python benchmarks/in_model.py
         one rank: a GPU if there is one, else a CPU with small sizes
-    torchrun --nproc-per-node 2 benchmarks/in_model.py --json in_model.jsonl
-        two ranks: experts halved, every rank its own sequences
+    torchrun --nproc-per-node 2 benchmarks/in_model.py --results
+        two ranks: experts halved, every rank its own sequences; rows go to results/in_model/, for report.py
 
 Parts, by --parts (default: all):
-    logits    four model families with random weights that lie on the grid of the format. Teacher-forced logits,
+    logits    four model families with random weights that lie on the grid of each of --formats. Teacher-forced logits,
               served, against the model's own eager experts with the same (dequantized) weights; steps.py, the same
-              quantization in plain torch, is the floor. What the kernel cannot do yet runs as the bf16 specification,
+              quantization in plain torch, is the floor. What the kernel cannot do runs as the bf16 specification,
               and its row says so
     overhead  what an eager call costs the host, argument checks included (GPU only)
     block     router and experts of one Qwen3-MoE block at 1, 8 and 64 tokens: megamoe beside transformers' `eager`,
@@ -36,6 +36,8 @@ if __name__ == "__main__":  # a script's own folder must not shadow packages of 
         entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, ROOT / "benchmarks")
     ]
 
+from benchmarks.record import machine  # noqa: E402
+from benchmarks.results import IN_MODEL_DIR, append_json  # noqa: E402
 from megamoe import EPConfig, MoEConfig, MoELayer, Workspace, support  # noqa: E402
 from megamoe.integrations.dequantized import round_experts  # noqa: E402
 from megamoe.integrations.experts import find_experts  # noqa: E402
@@ -58,43 +60,53 @@ MAX_KL_OVER_FLOOR = 2.0
 IMPLEMENTATIONS = (IMPLEMENTATION, "eager", "grouped_mm", "batched_mm")
 
 
-def logits_row(family: str, device: torch.device, positions: int, sequence: int, sizes: dict) -> dict:
-    """Errors over this rank's share of `positions`. Collective."""
+def logits_rows(family: str, formats: list[str], device: torch.device, positions: int, sequence: int, sizes: dict):
+    """One row a format: errors over `positions` of all ranks. Collective."""
     rank = rank_from_env()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = tiny_model(family, **sizes).to(device, dtype)
+    with device:  # drawn there: hundreds of millions of weights take a CPU seconds
+        model = tiny_model(family, **sizes).to(dtype)
     count = -(-positions // (sequence * rank.ep_size))
     generator = torch.Generator().manual_seed(rank.ep_rank)
     ids = [torch.randint(256, (1, sequence), generator=generator).to(device) for _ in range(count)]
-    config = next(iter(find_experts(model, "fp8").values())).config
-    reasons = support(config, EPConfig(sequence), device, ep_size=rank.ep_size).reasons
-    row = {"part": "logits", "family": family, "positions": count * sequence * rank.ep_size, "ranks": rank.ep_size}
-    how = {"ep_config": EPConfig(sequence), "weight_format": "bf16" if reasons else "fp8"}
+    for weight_format in formats:  # the later one rounds what the earlier has rounded: on its grid all the same
+        row = {"part": "logits", "family": family, "weight_format": weight_format, "ranks": rank.ep_size,
+               "positions": count * sequence * rank.ep_size}  # fmt: skip
+        yield row | _errors(model, ids, weight_format, EPConfig(sequence), device)
+
+
+def _errors(
+    model: torch.nn.Module, ids: list[torch.Tensor], weight_format: str, ep_config: EPConfig, device: torch.device
+) -> dict:
+    ep_size = rank_from_env().ep_size
+    config = next(iter(find_experts(model, weight_format).values())).config
+    reasons = support(config, ep_config, device, ep_size=ep_size).reasons
+    how = {"ep_config": ep_config, "weight_format": "bf16" if reasons else weight_format}
     if reasons:
-        row["kernel"] = f"not run: {'; '.join(reasons)}"
+        row = {"kernel": f"not run: {'; '.join(reasons)}"}
         served = served_logits(model, ids, spec=True, **how)
         floor = eager = eager_logits(model, ids)
     else:
-        row["kernel"] = "run" if device.type == "cuda" else "steps.py on a CPU"
-        round_experts(model, "fp8")
+        row = {"kernel": "run" if device.type == "cuda" else "steps.py on a CPU"}
+        round_experts(model, weight_format)
         eager = eager_logits(model, ids)
         floor = served_logits(model, ids, spec=True, **how)
         served = served_logits(model, ids, **how)
     for name, logits in (("served", served), ("floor", floor)):
         error = logits_error(logits, eager)
         numbers = torch.tensor([error.kl, error.top1, error.rel_l2], dtype=torch.float64, device=device)
-        if rank.ep_size > 1:
+        if ep_size > 1:
             dist.all_reduce(numbers)
-        row |= {f"{name}_{key}": value / rank.ep_size for key, value in zip(("kl", "top1", "rel_l2"), numbers.tolist())}
+        row |= {f"{name}_{key}": value / ep_size for key, value in zip(("kl", "top1", "rel_l2"), numbers.tolist())}
     limit = MAX_KL_OVER_FLOOR * row["floor_kl"] + 1e-5 if not reasons else 1e-3
-    row["ok"] = row["served_kl"] <= limit
-    return row
+    return row | {"ok": row["served_kl"] <= limit}
 
 
 @torch.no_grad()
 def overhead_row(device: torch.device) -> dict:
     """Median host time of one eager call, the queue never full: 50 calls of one token between two synchronizations.
 
+    forward_us: of layer.forward, which compiled graphs call: without nn.Module's look for hooks.
     launch_us: of it, the driver and the 0.2 us of Python around it. gpu_us: from the start of one call to that of the
     next on the GPU; where that is no longer than a call, the host was what it waited for.
     """
@@ -110,10 +122,11 @@ def overhead_row(device: torch.device) -> dict:
         topk_weights, out = torch.full((1, 4), 0.25, device=device), torch.empty_like(x)
         stream = torch.cuda.current_stream(device)
 
-        def call() -> None:
-            layer(x, topk_idx, topk_weights, num_tokens_bound=1, out=out)
+        def call(of: Callable = layer) -> None:
+            of(x, topk_idx, topk_weights, num_tokens_bound=1, out=out)
 
         times, gpu_us = _host_us(call)
+        forward_times, _ = _host_us(lambda: call(layer.forward))
         (launch,) = layer._engine.launches.values()
         launch_times, _ = _host_us(lambda: launch(stream.cuda_stream))  # the last call again
         layer.check()
@@ -121,6 +134,7 @@ def overhead_row(device: torch.device) -> dict:
         "part": "overhead",
         "us_per_call": statistics.median(times),
         "min_us": min(times),
+        "forward_us": statistics.median(forward_times),
         "launch_us": statistics.median(launch_times),
         "gpu_us": gpu_us,
         "ranks": rank.ep_size,
@@ -148,7 +162,8 @@ def block_rows(device: torch.device, batches: list[int], sizes: dict):
     """One row an implementation, mode and batch; all ranks run all of them, in this order."""
     on_cuda, rank = device.type == "cuda", rank_from_env()
     dtype = torch.bfloat16 if on_cuda else torch.float32
-    model = tiny_model("qwen3_moe", num_hidden_layers=1, **sizes).to(device, dtype)
+    with device:
+        model = tiny_model("qwen3_moe", num_hidden_layers=1, **sizes).to(dtype)
     block = model.model.layers[0].mlp
     weight_format = "fp8" if on_cuda else "bf16"
     with enable(model, ep_config=EPConfig(max(batches)), weight_format=weight_format) as serving:
@@ -175,9 +190,11 @@ def _timed(call: Callable, mode: str, implementation: str, on_cuda: bool) -> dic
         if mode == "compiled":
             torch._dynamo.reset()
             call = torch.compile(call, fullgraph=True)
-        for _ in range(5):
+        # transformers' eager loop takes 10 to 30 ms a call
+        warm, count = (1, 5) if implementation == "eager" or not on_cuda else (5, 30)
+        for _ in range(warm):
             call()
-        return {"us": _median_us(_captured(call) if mode == "graph" else call, on_cuda)}
+        return {"us": _median_us(_captured(call) if mode == "graph" else call, on_cuda, count)}
     except Exception as error:  # a rival that cannot is a row, not the end of the run
         text = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}" if str(error) else repr(error)
         return {"failed" if implementation == IMPLEMENTATION else "not_run": text}
@@ -191,9 +208,9 @@ def _captured(call: Callable) -> Callable:
     return graph.replay
 
 
-def _median_us(call: Callable, on_cuda: bool, count: int = 30) -> float:
+def _median_us(call: Callable, on_cuda: bool, count: int) -> float:
     times = []
-    for _ in range(count if on_cuda else 3):
+    for _ in range(count):
         if on_cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -214,10 +231,10 @@ def _median_us(call: Callable, on_cuda: bool, count: int = 30) -> float:
 def line(row: dict) -> str:
     """One row for people."""
     if row["part"] == "logits":
-        return (f"logits  {row['family']:<12} {'ok' if row['ok'] else 'WRONG':<6} KL {row['served_kl']:.2e} (floor "
-                f"{row['floor_kl']:.2e}), top-1 {row['served_top1']:.2%} (floor {row['floor_top1']:.2%}), rel L2 "
-                f"{row['served_rel_l2']:.2e} (floor {row['floor_rel_l2']:.2e}), {row['positions']} positions; kernel "
-                f"{row['kernel']}")  # fmt: skip
+        return (f"logits  {row['family']:<12}{row['weight_format']:<6}{'ok' if row['ok'] else 'WRONG':<6} "
+                f"KL {row['served_kl']:.2e} (floor {row['floor_kl']:.2e}), top-1 {row['served_top1']:.2%} "
+                f"(floor {row['floor_top1']:.2%}), rel L2 {row['served_rel_l2']:.2e} (floor "
+                f"{row['floor_rel_l2']:.2e}), {row['positions']} positions; kernel {row['kernel']}")  # fmt: skip
     what = (
         "overhead"
         if row["part"] == "overhead"
@@ -227,47 +244,62 @@ def line(row: dict) -> str:
         if kind in row:
             return f"{what} {kind.replace('_', ' ')}: {row[kind]}"
     if row["part"] == "overhead":
-        return (f"{what} {row['us_per_call']:9.1f} us of the host a call, {row['launch_us']:.1f} of them the launch; "
-                f"{row['gpu_us']:.1f} us on the GPU")  # fmt: skip
+        return (f"{what} {row['us_per_call']:9.1f} us of the host a call, {row['forward_us']:.1f} of layer.forward, "
+                f"{row['launch_us']:.1f} of them the launch; {row['gpu_us']:.1f} us on the GPU")  # fmt: skip
     return f"{what} {row['us']:9.1f} us ({row['experts']})"
 
 
-def main(argv: list[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="logits,overhead,block")
     parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--formats", default="fp8,mxfp4", help="number formats of the experts, for logits")
     parser.add_argument("--positions", type=int, help="over all ranks; default 4096, on a CPU 64")
     parser.add_argument("--sequence", type=int, help="tokens a forward; default 512, on a CPU 32")
     parser.add_argument("--batches", default="1,8,64", help="tokens of the block")
     parser.add_argument("--json", type=Path, help="file to append one JSON object a row to")
-    given = parser.parse_args(argv)
+    parser.add_argument("--results", type=Path, nargs="?", const=IN_MODEL_DIR, metavar="DIR",
+                        help=f"append the rows that did not fail (default: results/{IN_MODEL_DIR.name})")  # fmt: skip
+    parser.add_argument("--commit", help="commit hash to record, '-dirty' at its end if it is (default: ask git)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = parser().parse_args(argv)
     own_group = rank_from_env().ep_size > 1 and not dist.is_initialized()
     rank = init_process_group() if rank_from_env().ep_size > 1 else rank_from_env()
     on_cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank.local_rank) if on_cuda else torch.device("cpu")
     positions, sequence = given.positions or (4096 if on_cuda else 64), given.sequence or (512 if on_cuda else 32)
+    facts = machine(device, rank.ep_size if on_cuda else 0, given.commit)
     ok = True
 
     def tell(row: dict) -> None:
+        nonlocal ok
+        wrong = "failed" in row or not row.get("ok", True)
+        ok = ok and not wrong
         if rank.ep_rank == 0:
             print(line(row), flush=True)
             if given.json:
                 with given.json.open("a") as file:
-                    file.write(json.dumps(row | {"device": torch.cuda.get_device_name() if on_cuda else "cpu"}) + "\n")
+                    file.write(json.dumps(row | facts) + "\n")
+            if given.results and not wrong:
+                append_json(row | facts, given.results)
 
-    parts = given.parts.split(",")
+    parts, begin = given.parts.split(","), time.perf_counter()
     if "logits" in parts:
         for family in given.families.split(","):
-            row = logits_row(family, device, positions, sequence, MODEL_SIZES[family] if on_cuda else {})
-            ok = ok and row["ok"]
-            tell(row)
+            sizes = MODEL_SIZES[family] if on_cuda else {}
+            for row in logits_rows(family, given.formats.split(","), device, positions, sequence, sizes):
+                tell(row)
     if "overhead" in parts:
         tell(overhead_row(device))
     if "block" in parts:
         batches = [int(batch) for batch in given.batches.split(",")]
         for row in block_rows(device, batches, BLOCK_SIZES if on_cuda else SMALL_BLOCK):
-            ok = ok and "failed" not in row
             tell(row)
+    if rank.ep_rank == 0:
+        print(f"{time.perf_counter() - begin:.0f} s", flush=True)
     if own_group:
         dist.destroy_process_group()
     return 0 if ok else 1

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Render the result tables of README.md from benchmarks/results/*.jsonl.
+"""Render the result tables of README.md and megamoe/integrations/GUIDE.md from benchmarks/results/*.jsonl.
 
     python benchmarks/report.py                 rewrite what stands between the two markers
-    python benchmarks/report.py --check         change nothing; exit 1 if the README is stale
+    python benchmarks/report.py --check         change nothing; exit 1 if one of them is stale
     python benchmarks/report.py --print         the tables to stdout
 
 The markers are lines of their own: <!-- results:begin --> and <!-- results:end -->. Where <!-- scaling:begin --> and
 <!-- scaling:end --> are there too, scaling.py's tables (results/scaling/*.jsonl) go between them, with a plot; between
-<!-- replicas:begin --> and <!-- replicas:end --> those of replicas.py (results/replicas/*.jsonl).
+<!-- replicas:begin --> and <!-- replicas:end --> those of replicas.py (results/replicas/*.jsonl). In the guide, between
+<!-- in_model:begin --> and <!-- in_model:end -->, those of in_model.py (results/in_model/*.jsonl).
 A cell is the median over the runs of the newest commit that measured it; two or more also show lowest and highest.
 results/prove/README.md is written too, from what launch/prove.py left there.
 results/times.png is drawn where matplotlib is installed, and shown while it is the picture of these results.
@@ -22,13 +23,15 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":  # a script's own folder must not shadow packages of the same names
     sys.path[:] = [str(ROOT)] + [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "benchmarks"]
 
-from benchmarks import picture, prove_report, replicas_report, scaling_report  # noqa: E402
+from benchmarks import in_model_report, picture, prove_report, replicas_report, scaling_report  # noqa: E402
 from benchmarks.cases import load_cases  # noqa: E402
 from benchmarks.results import RESULTS_DIR, read_results  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SCALING = "<!-- scaling:begin -->", "<!-- scaling:end -->"
 REPLICAS = "<!-- replicas:begin -->", "<!-- replicas:end -->"
+IN_MODEL = "<!-- in_model:begin -->", "<!-- in_model:end -->"
+README, GUIDE = ROOT / "README.md", ROOT / "megamoe/integrations/GUIDE.md"
 MAIN_GPUS = 2
 # as in timing.py, which needs torch; a test compares the two
 GRAPH_MAX_TOKENS = 512
@@ -344,11 +347,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the file is stale")
     parser.add_argument("--print", action="store_true", dest="show", help="write the tables to stdout instead")
+    parser.add_argument("--readme", type=Path, default=README, metavar="FILE", help="the file with the markers")
     parser.add_argument(
-        "--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="the file with the markers"
+        "--guide", type=Path, metavar="FILE", help="the one with in_model's (default: the guide, with this README)"
     )
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, metavar="DIR", help="where the .jsonl files are")
     args = parser.parse_args(argv)
+    guide = args.guide or (GUIDE if args.readme == README else None)
+    file, texts = args.readme, {}
     try:
         rows, cases = read_results(args.results), load_cases()
         block = render(rows, cases)
@@ -356,24 +362,31 @@ def main(argv: list[str] | None = None) -> int:
             print(block)
             return 0
         block = render_picture(rows, cases, args.results, args.readme, not args.check) + block
-        stale = [] if prove_report.write(args.results / "prove", args.check) else ["prove/README.md"]
+        proofs = [] if prove_report.write(args.results / "prove", args.check) else ["prove/README.md"]
         before = args.readme.read_text()
         after = splice(before, block)
         if SCALING[0] in before:
             after = splice(after, render_scaling(args.results / "scaling", args.readme, not args.check), *SCALING)
         if REPLICAS[0] in before:
             after = splice(after, replicas_report.markdown(read_results(args.results / "replicas")), *REPLICAS)
+        texts[file] = before, after
+        if guide:
+            file, before = guide, guide.read_text()
+            in_model = in_model_report.markdown(read_results(args.results / "in_model"))
+            texts[file] = before, splice(before, in_model, *IN_MODEL)
     except (OSError, ValueError) as error:
-        print(f"report.py: {args.readme.name}: {error}", file=sys.stderr)
+        print(f"report.py: {file.name}: {error}", file=sys.stderr)
         return 2
+    stale = [file.name for file, (before, after) in texts.items() if after != before]
     if args.check:
-        if stale := stale + [args.readme.name] * (after != before):
+        if stale := proofs + stale:
             print(f"report.py: {' and '.join(stale)} is stale; run python benchmarks/report.py", file=sys.stderr)
             return 1
-        print(f"{args.readme.name} is up to date")
+        print(f"{' and '.join(file.name for file in texts)} is up to date")
         return 0
-    args.readme.write_text(after)
-    print(f"{args.readme.name} {'is up to date' if after == before else 'rewritten'}")
+    for file, (_, after) in texts.items():
+        file.write_text(after)
+        print(f"{file.name} {'rewritten' if file.name in stale else 'is up to date'}")
     return 0
 
 

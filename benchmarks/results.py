@@ -1,5 +1,6 @@
 """results/*.jsonl: one measurement a line (record.Row), appended by bench.py, read by report.py; results/scaling/ the
-same of scaling.py (record.ScalingRow), results/replicas/ of replicas.py (its own fields). Needs no torch."""
+same of scaling.py (record.ScalingRow), results/replicas/ of replicas.py, results/in_model/ of in_model.py (with fields
+of their own). Needs no torch."""
 
 import json
 from dataclasses import asdict
@@ -8,6 +9,7 @@ from pathlib import Path
 RESULTS_DIR = Path(__file__).with_name("results")
 SCALING_DIR = RESULTS_DIR / "scaling"
 REPLICAS_DIR = RESULTS_DIR / "replicas"
+IN_MODEL_DIR = RESULTS_DIR / "in_model"
 
 
 def as_json(row) -> dict:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # launch/tables.sh NAME [--results DIR] [--commit HASH] [--print] measures every table of ep2, ep4 or ep8 (that many
-# GPUs of one host) or tiny (two CPU ranks), one program after the other, each under a time limit of its own. Rows go to
-# DIR, DIR/scaling and DIR/replicas as they are measured (default: benchmarks/results); ./launch/do table renders them.
+# GPUs of one host), in-model (one GPU, then two) or tiny (two CPU ranks), each program under a time limit of its own.
+# Rows go to DIR and its folders as they are measured (default: benchmarks/results); ./launch/do table renders them.
 # --print: only the commands, with their limits in seconds. Exit status 1 if one failed or ran out of time.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -54,6 +54,11 @@ case "$name" in
         scale 55 --case flash256 --tokens 2048
         replicas 35 --case flash256 --tokens 128,2048
         bench 45 ep4-rival
+        ;;
+    in-model)
+        step 60 python3 -m megamoe compile
+        step 90 python3 benchmarks/in_model.py --results "$results/in_model" "${commit[@]}"
+        step 90 launch/torchrun.sh 2 benchmarks/in_model.py --results "$results/in_model" "${commit[@]}"
         ;;
     tiny)
         ranks=2

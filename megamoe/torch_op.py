@@ -66,7 +66,8 @@ def moe_layer(
 ) -> Tensor:  # fmt: skip
     """MoELayer.forward with its arguments; handle: of the layer, num_tokens_bound: -1 stands for None."""
     hidden_states, bound = _arguments(x, x_sf, num_tokens_bound)
-    return _layer(handle)(hidden_states, topk_idx, topk_weights, num_tokens=num_tokens, num_tokens_bound=bound)
+    # forward: hooks are traced around the operator, and looking for them takes a microsecond
+    return _layer(handle).forward(hidden_states, topk_idx, topk_weights, num_tokens=num_tokens, num_tokens_bound=bound)
 
 
 @operator(fake=lambda *arguments: None, mutates_args=("out",))
@@ -76,7 +77,9 @@ def moe_layer_out(
 ) -> None:  # fmt: skip
     """The same with out=."""
     hidden_states, bound = _arguments(x, x_sf, num_tokens_bound)
-    _layer(handle)(hidden_states, topk_idx, topk_weights, num_tokens=num_tokens, num_tokens_bound=bound, out=out)
+    _layer(handle).forward(
+        hidden_states, topk_idx, topk_weights, num_tokens=num_tokens, num_tokens_bound=bound, out=out
+    )
 
 
 def call(layer, hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out) -> Tensor:

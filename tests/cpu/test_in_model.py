@@ -1,13 +1,19 @@
-"""benchmarks/in_model.py on a CPU: its parts run, its gate can fail, and what cannot run has a reason."""
+"""benchmarks/in_model.py on a CPU: its parts run, its gate can fail, what cannot run has a reason; its tables."""
 
 import json
+import re
+import subprocess
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers", reason="not run: transformers is not installed")
 
-from benchmarks import in_model
+from benchmarks import in_model, in_model_report, report
+from benchmarks.results import append_json, read_results
 from megamoe.layer import MoELayer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def rows(tmp_path, *arguments: str) -> tuple[int, list[dict]]:
@@ -17,24 +23,84 @@ def rows(tmp_path, *arguments: str) -> tuple[int, list[dict]]:
 
 
 def test_every_part_runs(tmp_path, capsys):
-    status, found = rows(tmp_path, "--positions", "24", "--sequence", "12", "--batches", "1,8")
-    assert status == 0
+    arguments = "--positions", "24", "--sequence", "12", "--batches", "1,8", "--results", str(tmp_path / "in_model")
+    status, found = rows(tmp_path, *arguments, "--commit", "abc-dirty")
+    assert status == 0 and read_results(tmp_path / "in_model") == found
+    assert all((row["commit"], row["dirty"], row["num_gpus"]) == ("abc", True, 0) for row in found)
     logits = [row for row in found if row["part"] == "logits"]
-    assert [row["family"] for row in logits] == ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"]
+    families, formats = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"), ("fp8", "mxfp4")
+    assert [(row["family"], row["weight_format"]) for row in logits] == [(f, w) for f in families for w in formats]
     for row in logits:
-        assert row["positions"] == 24 and row["ok"] and 0 < row["floor_kl"] < 0.1  # on a CPU fp8 runs for all four
+        assert row["positions"] == 24 and row["ok"] and 0 < row["floor_kl"] < 0.1  # on a CPU both run for all four
         assert row["served_kl"] == pytest.approx(row["floor_kl"])  # there megamoe is steps.py
     block = [row for row in found if row["part"] == "block"]
     assert len(block) == 2 * 4 * 3
     ran = {(row["implementation"], row["batch"]) for row in block if "us" in row}
     assert ran == {(name, batch) for name in in_model.IMPLEMENTATIONS for batch in (1, 8)}
     assert all(row["not_run"] for row in found if row["part"] == "overhead" or row.get("mode") in ("compiled", "graph"))
-    assert len(capsys.readouterr().out.splitlines()) == len(found)
+    assert len(capsys.readouterr().out.splitlines()) == len(found) + 1
 
 
 def test_the_gate_holds_nothing_that_is_wrong(tmp_path, monkeypatch):
     forward = MoELayer.forward
     monkeypatch.setattr(MoELayer, "forward", lambda self, *args, **how: forward(self, *args, **how) * 0.5)
-    arguments = "--parts", "logits", "--families", "mixtral", "--positions", "12", "--sequence", "12"
-    status, (row,) = rows(tmp_path, *arguments)
+    arguments = "--parts", "logits", "--families", "mixtral", "--formats", "fp8", "--positions", "8", "--sequence", "8"
+    status, (row,) = rows(tmp_path, *arguments, "--results", str(tmp_path / "in_model"))
     assert status == 1 and not row["ok"] and row["served_kl"] > 2 * row["floor_kl"]
+    assert not read_results(tmp_path / "in_model")
+
+
+FACTS = {"device": "NVIDIA H100", "num_gpus": 1, "driver": "580", "torch": "2.11", "commit": "0" * 40, "dirty": False}
+
+
+def row_of(part: str, hour: int, ranks: int = 1, **fields) -> dict:
+    return {"part": part, "ranks": ranks, **fields, **FACTS, "date": f"2026-11-22T{hour:02}:00:00Z"}
+
+
+def logits_of(hour: int, kl: float, **fields) -> dict:
+    errors = {f"{which}_{name}": kl for which in ("served", "floor") for name in ("kl", "top1", "rel_l2")}
+    row = row_of("logits", hour, family="mixtral", weight_format="mxfp4", positions=4096, kernel="run", **errors)
+    return row | fields
+
+
+def test_the_tables_show_the_newest_commit_and_every_part():
+    block = {"mode": "graph", "batch": 8, "experts": "fp8"}
+    found = [
+        logits_of(1, 0.5, commit="1" * 40), logits_of(2, 0.01), logits_of(3, 0.03), logits_of(1, 0.25, ranks=2),
+        row_of("overhead", 1, us_per_call=14.25, forward_us=13.0, launch_us=5.0, gpu_us=20.0, min_us=14.0),
+        row_of("block", 1, implementation="megamoe", us=12.0, **block),
+        row_of("block", 1, 2, implementation="megamoe", us=34.0, **block),
+        row_of("block", 1, implementation="eager", not_run="it loops", **block),
+    ]  # fmt: skip
+    text = in_model_report.markdown(found)
+    assert text == in_model_report.markdown(found[::-1])
+    assert "| mixtral | mxfp4 | 1 | 4096 | 2.00e-02 / 2.00e-02 |" in text
+    assert "1111" not in text and "5.00e-01" not in text
+    assert "| mixtral | mxfp4 | 2 | 4096 | 2.50e-01 / 2.50e-01 |" in text
+    assert "| 1 | 14.2 | 13.0 | 5.0 | 20.0 |" in text
+    assert "| 8 | 8, 2 ranks |" in text and "| **megamoe**, fp8 experts, graph | 12 | 34 |" in text
+    assert "Not run: eager graph: it loops." in text and "torch 2.11; driver 580; 2026-11-22." in text
+    assert in_model_report.markdown([]) == in_model_report.EMPTY
+
+
+def test_the_guide_is_checked_like_the_readme(tmp_path, capsys):
+    readme, guide = tmp_path / "README.md", tmp_path / "GUIDE.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    guide.write_text("\n".join(("before", *report.IN_MODEL, "after\n")))
+    options = ["--readme", str(readme), "--guide", str(guide), "--results", str(tmp_path)]
+    assert report.main(options) == 0 and in_model_report.EMPTY in guide.read_text()
+    append_json(logits_of(1, 0.5), tmp_path / "in_model")
+    assert report.main([*options, "--check"]) == 1 and "GUIDE.md is stale" in capsys.readouterr().err
+    assert report.main(options) == 0 and "| mixtral |" in guide.read_text() and report.main([*options, "--check"]) == 0
+    guide.write_text("no markers")
+    assert report.main(options) == 2 and "GUIDE.md: needs one line" in capsys.readouterr().err
+
+
+def test_the_commands_of_tables_sh_are_ones_it_takes():
+    command = ROOT / "launch/tables.sh", "in-model", "--print", "--results", "/x", "--commit", "abc"
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    ours = [line.partition("in_model.py ")[2].split() for line in lines if "in_model.py " in line]
+    assert len(ours) == 2 and sum(int(re.search(r"(\d+) s:", line)[1]) for line in lines) <= 300
+    for words in ours:
+        given = in_model.parser().parse_args(words)
+        assert (str(given.results), given.commit) == ("/x/in_model", "abc")
