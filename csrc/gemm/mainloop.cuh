@@ -152,12 +152,25 @@ MOE_DEVICE void accumulate_tokens_on_m(SharedStorage<C>& s, Accumulator<C>& out,
     }
 }
 
+// Of a warpgroup whose rows are all padding: an expert's last block has 64 rows or less as often as not, and what the
+// tensor cores draw for nothing slows the others down, for the card is at its power limit.
+template <class C>
+MOE_DEVICE void pass_stages(SharedStorage<C>& s, RingPosition<kStages<C>>& stage, u32 k_blocks) {
+    for (u32 k = 0; k < k_blocks; ++k, stage.advance()) {
+        wait_stage(s, stage.slot(), stage.consumer_parity());
+        release_stage<C::kCluster>(&s.stage_empty[stage.slot()], lane_id());
+    }
+}
+
 template <class C>
 MOE_DEVICE void accumulate_tokens_on_m(const Launch& l, SharedStorage<C>& s, Accumulator<C>& out,
                                        RingPosition<kStages<C>>& stage, const TileSlot& t) {
+    const bool second = t.kind == kTile_linear2;
+    if (t.row_count <= __shfl_sync(~0u, warp_id() / 4, 0) * 64)
+        return pass_stages(s, stage, (second ? l.p.intermediate : l.p.hidden) / kKBlock);
     wait_stage(s, stage.slot(), stage.consumer_parity());
     if (warp_id() % 4 == 0) trace(l, s, kTrace_math0 + warp_id() / 4, kEvent_first_stage, t.number);
-    if (t.kind == kTile_linear2) accumulate_tokens_on_m<true>(s, out, stage, l.p.intermediate / kKBlock);
+    if (second) accumulate_tokens_on_m<true>(s, out, stage, l.p.intermediate / kKBlock);
     else accumulate_tokens_on_m<false>(s, out, stage, l.p.hidden / kKBlock);
 }
 

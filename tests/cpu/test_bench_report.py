@@ -284,7 +284,7 @@ def test_replicas_have_their_table(tmp_path):
     rows = [row, {**row, "tokens": 8, "none": 700.0}, {**row, "tokens": 8, "none": 900.0},
             {**row, "commit": "old", "date": "2020-01-01T00:00:00Z", "tokens": 8, "none": 1.0}]  # fmt: skip
     text = replicas_report.markdown(rows)
-    assert "**tiny, zipf routing, 4 redundant experts**, EP2 (virtual)" in text
+    assert "**tiny, FP8 experts, zipf routing, 4 redundant experts**, EP2 (virtual)" in text
     assert re.search(r"\| no room for plans \| [\d.e+]+ \| 800 \|", text) and "Commit abc;" in text
     readme, options, _ = _readme(tmp_path)
     assert report.main(["--readme", str(readme), "--results", str(tmp_path)]) == 0
