@@ -30,21 +30,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":  # a script's own folder must not shadow packages of the same names
-    sys.path[:] = [str(ROOT)] + [
-        entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, ROOT / "benchmarks")
-    ]
-
-from benchmarks.record import machine  # noqa: E402
-from benchmarks.results import IN_MODEL_DIR, append_json  # noqa: E402
-from megamoe import EPConfig, MoEConfig, MoELayer, Workspace, support  # noqa: E402
-from megamoe.integrations.dequantized import round_experts  # noqa: E402
-from megamoe.integrations.experts import find_experts  # noqa: E402
-from megamoe.integrations.logits import eager_logits, logits_error, served_logits  # noqa: E402
-from megamoe.integrations.tiny import FAMILIES, tiny_model  # noqa: E402
-from megamoe.integrations.transformers import IMPLEMENTATION, enable  # noqa: E402
-from megamoe.ranks import init_process_group, rank_from_env  # noqa: E402
+if __name__ == "__main__":
+    import checkout  # noqa: F401 (makes this checkout's packages importable; it lies beside this file)
+from benchmarks.record import machine
+from benchmarks.results import IN_MODEL_DIR, append_json
+from megamoe import EPConfig, MoEConfig, MoELayer, Workspace, support
+from megamoe.integrations.dequantized import round_experts
+from megamoe.integrations.experts import find_experts
+from megamoe.integrations.logits import eager_logits, logits_error, served_logits
+from megamoe.integrations.tiny import FAMILIES, tiny_model
+from megamoe.integrations.transformers import IMPLEMENTATION, enable
+from megamoe.ranks import init_process_group, rank_from_env
 
 MODEL_SIZES = {
     "qwen3_moe": {"hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 32, "num_experts_per_tok": 4},
