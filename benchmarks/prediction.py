@@ -113,18 +113,22 @@ def _groups(case, domains: int) -> tuple[int, int]:
     return (domains, min(MAX_DOMAINS, domains)) if domains > 1 else (1, 1)
 
 
+PREDICTED = {"impl": "megamoe", "weight_format": "fp8", "routing": "uniform", "input": "prequantized"}
+
+
 def measured_us(rows: list[dict], case_name: str, ranks: int, tokens_per_rank: int) -> float | None:
-    """The last time of scaling.py for this size on GPUs of their own, or None."""
+    """The last time of megamoe with FP8 experts and uniform routing for this size on GPUs of their own, or None."""
     found = [
-        row["us"] for row in rows
-        if row["case"] == case_name and row["ep_size"] == row["num_units"] == ranks and row["virtual_ranks"] is None
-        and row["num_gpus"] and row["num_tokens"] == tokens_per_rank and row["ok"] and row["us"]
+        row for row in rows
+        if row["case"] == case_name and row["ep_size"] == row.get("num_units", ranks) == ranks and row["ok"]
+        and row["virtual_ranks"] is None and row["num_gpus"] and row["num_tokens"] == tokens_per_rank and row["us"]
+        and all(row.get(name, wanted) == wanted for name, wanted in PREDICTED.items())
     ]  # fmt: skip
-    return found[-1] if found else None
+    return max(found, key=lambda row: row.get("date", ""))["us"] if found else None
 
 
 def markdown(rows: list[dict], case_name: str = "v3", tokens: tuple[int, ...] = (128, 4096)) -> str:
-    """One table a number of tokens a rank; rows: scaling.py's, for what was measured."""
+    """One table a number of tokens a rank; rows: scaling.py's and bench.py's, for what was measured."""
     case = load_cases()[case_name]
     out = [
         f"**Predicted: {case.name}** ({case.hidden}/{case.intermediate}/{case.num_experts}/{case.topk}), {GPU}, "

@@ -39,7 +39,7 @@ from benchmarks import prediction, scaling_report
 from benchmarks.implementations import Setup
 from benchmarks.inputs import ROUTINGS, make_tokens
 from benchmarks.record import ScalingRow, machine
-from benchmarks.results import SCALING_DIR, append_result, read_results
+from benchmarks.results import RESULTS_DIR, SCALING_DIR, append_result, read_results
 from benchmarks.run import Outcome, Plan, run_cases
 from benchmarks.table import Table
 from benchmarks.timing import PROTOCOLS, Meet
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     if is_first:
         text = scaling_report.markdown(rows)
         if args.predict:
-            text += "\n" + prediction.markdown(rows)
+            text += "\n" + prediction.markdown(rows + read_results(RESULTS_DIR))
         print("\n" + text)
         if args.markdown:
             args.markdown.write_text(text)

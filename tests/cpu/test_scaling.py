@@ -190,6 +190,8 @@ def test_prediction_reaches_64_domains_within_the_node_limit(ranks):
 
 
 def test_measured_points_stand_beside_the_predicted():
-    rows = [row(2, 123.0, tokens=128, case="v3", num_gpus=2), row(2, 9.0, tokens=128, case="v3", num_gpus=0)]
+    gpus = row(2, 123.0, tokens=128, case="v3", num_gpus=2, impl="megamoe")
+    rows = [gpus, {**gpus, "us": 9.0, "num_gpus": 0}, {**gpus, "us": 9.0, "impl": "unfused-fp8"}]
+    rows.append({**rows[0], "us": 9.0, "weight_format": "mxfp4"})
     assert prediction.measured_us(rows, "v3", 2, 128) == 123.0
     assert prediction.measured_us(rows, "v3", 4, 128) is None
