@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tarfile
 import tomllib
 import zipfile
 from importlib.util import find_spec
@@ -123,8 +122,7 @@ def test_wheel_works_from_inside_a_checkout(dist, tmp_path):
 
 def test_sdist_is_enough_to_build_and_install(dist, tmp_path):
     (sdist,) = dist.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(sdist, tmp_path)
     (unpacked,) = tmp_path.glob("megamoe-*")
     names = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*")}
     assert {f"csrc/{source}" for source in device_sources()} <= names
