@@ -25,6 +25,7 @@ if __name__ == "__main__":  # a script's own folder must not shadow packages of 
 
 from benchmarks import in_model_report, picture, prove_report, replicas_report, scaling_report  # noqa: E402
 from benchmarks.cases import load_cases  # noqa: E402
+from benchmarks.overview import MAIN_LINE, against_bar, bar_of, is_main, median_us, overview_of, plain  # noqa: E402
 from benchmarks.results import RESULTS_DIR, read_results  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -35,7 +36,6 @@ README, GUIDE = ROOT / "README.md", ROOT / "megamoe/integrations/GUIDE.md"
 MAIN_GPUS = 2
 # as in timing.py, which needs torch; a test compares the two
 GRAPH_MAX_TOKENS = 512
-MAIN_LINE = "megamoe", "prequantized in"
 OLDER = "sgl-deep-gemm 0.1.5"
 EMPTY = (
     "No results yet: `python benchmarks/bench.py --results` appends some, `python benchmarks/report.py` renders them."
@@ -103,7 +103,7 @@ def render(rows: list[dict], cases: dict) -> str:
             t[1],
             t[2],
             t[3],
-            not _is_main(t),
+            not is_main(t),
             t[6],
             t[7] == 0,
             t[7],
@@ -114,7 +114,7 @@ def render(rows: list[dict], cases: dict) -> str:
             t[4],
         ),
     )
-    out, section = [], None
+    out, section, overview = [], None, []
     for table in tables:
         device, num_gpus, ep_size, virtual_ranks, *_ = table
         of_table = {key[1:]: found for key, found in cells.items() if key[0] == table}
@@ -123,46 +123,15 @@ def render(rows: list[dict], cases: dict) -> str:
             machine = f"{num_gpus} x {device}" if num_gpus else device
             ranks = f"{ep_size} virtual ranks in one process" if virtual_ranks else f"EP{ep_size}"
             out.append(f"### {machine}, {ranks}\n")
-            out += _against_bar({key: found for key, found in cells.items() if key[0][:4] == section}, cases)
+            of_section = {key: found for key, found in cells.items() if key[0][:4] == section}
+            overview = overview_of(of_section, cases)
+            out += against_bar(of_section, cases) + overview
         head, body = _table(table, of_table, cases.get(table[4]))
-        if _is_main(table):
+        if is_main(table) and not overview:
             out += [f"**{table[4]}** {head}\n", body]
         else:
             out += [f"<details><summary><b>{table[4]}</b> {head}</summary>\n", body, "</details>\n"]
     return "\n".join(out).rstrip()
-
-
-def _is_main(table: tuple) -> bool:
-    """Shown at once; the others unfold."""
-    return table[5] == "uniform" and not table[6] and table[7] > 0
-
-
-def _bar_of(table: tuple, case) -> dict[int, float]:
-    """The rival's recorded times, where they were taken on such a machine in such a way; else none."""
-    device, num_gpus, ep_size, virtual_ranks, _, routing, idle = table[:7]
-    if case is None or (num_gpus, ep_size, virtual_ranks, routing, idle) != (2, 2, 0, "uniform", 0):
-        return {}
-    return case.bar_us if "H100" in device else case.bar_h200_us if "H200" in device else {}
-
-
-def _against_bar(cells: dict[tuple, list[dict]], cases: dict) -> list[str]:
-    """One paragraph on all FP8 cells of a section that have a bar; none without."""
-    ratios, reached = [], 0
-    for (table, line, count), found in cells.items():
-        case = cases.get(table[4])
-        bar = _bar_of(table, case) if _is_main(table) and not table[8] and line == MAIN_LINE else {}
-        if count in bar:
-            ratios.append((count, _us(found) / bar[count]))
-            reached += "H100" in table[0] and _us(found) <= case.goal_us.get(count, 0)
-    if len(ratios) < 2:
-        return []
-    ones = [ratio for count, ratio in ratios if count == 1]
-    at_one = f", {statistics.geometric_mean(ones):.3f} at 1 token" if ones else ""
-    return [
-        f"FP8, uniform routing, all {len(ratios)} cells, megamoe / sgl-deep-gemm 0.2.5: geometric mean "
-        f"{statistics.geometric_mean(ratio for _, ratio in ratios):.3f}{at_one}; at most 1.02 in "
-        f"{sum(ratio <= 1.02 for _, ratio in ratios)}; at the goal in {reached}.\n"
-    ]
 
 
 def _table(table: tuple, cells: dict[tuple, list[dict]], case) -> tuple[str, str]:
@@ -194,22 +163,23 @@ def _table(table: tuple, cells: dict[tuple, list[dict]], case) -> tuple[str, str
     main = MAIN_LINE if MAIN_LINE in lines else lines[0]
 
     def of_main(text_of):
-        return lambda count: text_of(cells[main, count][0], _us(cells[main, count])) if (main, count) in cells else ""
+        found = {count: cells[main, count] for count in tokens if (main, count) in cells}
+        return lambda count: text_of(found[count][0], median_us(found[count])) if count in found else ""
 
-    bar, older = _bar_of(table, case), {}
+    bar, older = bar_of(table, case), {}
     if bar:
         rival = "sgl-deep-gemm 0.2.5" + ", FP8" * bool(weight_format)
-        add(f"{rival}, recorded", lambda count: _plain(bar.get(count)))
+        add(f"{rival}, recorded", lambda count: plain(bar.get(count)))
         if "H100" in device:
             if any(line[0].startswith(OLDER) for line in lines):
                 older = case.older_us
-                add(f"{OLDER}, recorded", lambda count: _plain(older.get(count)))
+                add(f"{OLDER}, recorded", lambda count: plain(older.get(count)))
             goal = case.goal_mxfp4_us if weight_format else case.goal_us
-            add("goal", lambda count: _plain(goal.get(count)))
-    if case and _is_main(table) and ep_size in (4, 8) and not virtual_ranks and "H100" in device:
-        add(f"8 x H100, published ({case.published_from})", lambda count: _plain(case.published_us.get(count)))
+            add("goal", lambda count: plain(goal.get(count)))
+    if case and is_main(table) and ep_size in (4, 8) and not virtual_ranks and "H100" in device:
+        add(f"8 x H100, published ({case.published_from})", lambda count: plain(case.published_us.get(count)))
     if num_gpus:
-        add("floor", of_main(lambda row, us: _plain(row["roofline_us"])))
+        add("floor", of_main(lambda row, us: plain(row["roofline_us"])))
         add(
             f"of floor, {main[0]}",
             of_main(lambda row, us: f"{row['roofline_us'] / us:.0%}" if row["roofline_us"] else ""),
@@ -225,14 +195,14 @@ def _table(table: tuple, cells: dict[tuple, list[dict]], case) -> tuple[str, str
         "relative L2 to the specification",
         lambda count: f"{max(row['rel_l2'] for row in cells[main, count]):.1e}" if (main, count) in cells else "",
     )
-    ratios = [_us(cells[main, count]) / bar[count] for count in tokens if (main, count) in cells and count in bar]
+    ratios = [median_us(cells[main, count]) / bar[count] for count in tokens if (main, count) in cells and count in bar]
     if ratios:
         out.append(
             f"\n{main[0]} / sgl-deep-gemm 0.2.5: geometric mean {statistics.geometric_mean(ratios):.3f}, "
             f"worst {max(ratios):.3f}, over {len(ratios)} cells."
         )
     today = [
-        _us(found) / older[count]
+        median_us(found) / older[count]
         for (line, count), found in cells.items()
         if count in older and line[0].startswith(OLDER) and line[1] == MAIN_LINE[1]
     ]
@@ -287,20 +257,12 @@ def _certificate(cells: dict[tuple, list[dict]]) -> str:
     )
 
 
-def _us(rows: list[dict]) -> float:
-    return statistics.median(row["us"] for row in rows)
-
-
 def _us_text(rows: list[dict] | None) -> str:
     if not rows:
         return ""
     times = [row["us"] for row in rows]
-    spread = f" ({_plain(min(times))}-{_plain(max(times))})" if len(times) > 1 else ""
-    return _plain(_us(rows)) + spread
-
-
-def _plain(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+    spread = f" ({plain(min(times))}-{plain(max(times))})" if len(times) > 1 else ""
+    return plain(median_us(rows)) + spread
 
 
 def splice(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
@@ -314,7 +276,7 @@ def panels_of(rows: list[dict], cases: dict) -> dict:
     """The picture's panels: main lines of main tables of several GPUs."""
     main = {}
     for (table, line, count), found in cells_of(rows).items():
-        if table[1] > 1 and not table[3] and _is_main(table) and line == MAIN_LINE and count:
+        if table[1] > 1 and not table[3] and is_main(table) and line == MAIN_LINE and count:
             main[table[4], table[2], table[8] or "fp8", table[0], count] = found
     return picture.panels_of(main, cases)
 

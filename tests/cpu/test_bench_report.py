@@ -209,6 +209,13 @@ def test_what_is_not_the_main_table_unfolds():
     ]  # fmt: skip
 
 
+def test_a_section_of_several_tables_begins_with_their_times():
+    changes = {"num_tokens": 8, "tokens_per_rank": [8] * 2, "capacity": 8192, "us": 122.0}
+    rows = [as_json(_row(**changes)), as_json(_row(**changes, weight_format="mxfp4"))]
+    overview, *folded = report.render(rows, CASES).split("<details>")
+    assert "| flash64, FP8 | 122 (0.50) |\n| flash64, MXFP4 | 122 (0.50) |" in overview and len(folded) == 2
+
+
 def test_a_line_shows_one_state_of_the_tree_and_the_certificate_says_which():
     clean, dirty = {"commit": "b" * 40, "date": "2026-11-23T00:00:00Z"}, {"commit": "b" * 40, "dirty": True}
     rows = [_row(us=250.0, **clean), _row(us=900.0, **dirty), _row(us=245.0, **clean)]
