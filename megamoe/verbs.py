@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from pathlib import Path
 
 from megamoe.builds import DEBUG_SPILL_BYTES, KernelBuild, kernel_build, kernel_builds
 
@@ -125,7 +126,12 @@ def layout_main(argv: list[str]) -> int:
     if given.write_header:
         from megamoe_cuda.compile import source_root
 
-        header = source_root() / "params.gen.cuh"
+        header, beside = source_root() / "params.gen.cuh", Path(layout.__file__).resolve().parents[1] / "csrc"
+        if header.parent.resolve() != beside:
+            print(f"python -m megamoe layout: megamoe_cuda is of another tree, {header.parent}; this layout's\n"
+                  f"header belongs into {beside}. PYTHONPATH=$(python3 launch/link.py) takes both\nfrom one checkout.",
+                  file=sys.stderr)  # fmt: skip
+            return 2
         header.write_text(layout.render_header())
         print(f"wrote {header}")
         return 0
