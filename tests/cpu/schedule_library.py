@@ -2,12 +2,11 @@
 
 import ctypes
 import re
-import shutil
-import subprocess
 from functools import cache
 from pathlib import Path
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+from tests.cpu.host_library import CSRC, build_library
+
 SOURCE = """
 #include "sched/order.cuh"
 #include "sched/replica.cuh"
@@ -116,32 +115,19 @@ struct Launch {
 
 def build_tickets(folder: Path) -> ctypes.CDLL | None:
     """TICKETS as a library, or None where there is no host compiler."""
-    if shutil.which("g++") is None:
-        return None
     config, header = (CSRC / "config.cuh").read_text(), (CSRC / "params.gen.cuh").read_text()
     slot = re.search(r"struct TileSlot \{.*?enum TileKind[^}]*\};", config, re.DOTALL)[0]
     experts = re.search(r"kMaxLocalExperts = (\d+)", header)[1]
     (folder / "sync").mkdir()
     (folder / "config.cuh").write_text(SHIM % {"tile_slot": slot, "experts": experts})
     (folder / "sync" / "launch.cuh").write_text('#include "config.cuh"\n')
-    source, library = folder / "tickets.cpp", folder / "tickets.so"
-    source.write_text(TICKETS)
-    command = ["g++", "-std=c++20", "-O2", "-Wno-unknown-pragmas", "-shared", "-fPIC", f"-I{folder}", f"-I{CSRC}"]
-    subprocess.run([*command, str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    return build_library(folder, TICKETS, include=(folder,))
 
 
 @cache
 def build(folder: Path) -> ctypes.CDLL | None:
-    """The library, or None where there is no host compiler. Warnings are errors."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        return None
-    source, library = folder / "order.cpp", folder / "order.so"
-    source.write_text(SOURCE)
-    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    subprocess.run([*command, f"-I{CSRC}", str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    """The library, or None where there is no host compiler."""
+    return build_library(folder, SOURCE, std="c++17")
 
 
 def tiles(library: ctypes.CDLL, *order: int) -> list[tuple[int, int, int]]:

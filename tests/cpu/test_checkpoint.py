@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ import torch
 from megamoe.checkpoint import Checkpoint, CheckpointError, load_experts
 from megamoe.config import MoEConfig
 from megamoe.quant.fp8 import dequantize_blocks, quantize_blocks
+from tests.cpu.peak_memory import needs_proc, peaks
 
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="not run: safetensors is not installed")
 
@@ -187,32 +186,7 @@ def test_an_expert_range_outside_the_layer_is_refused(tmp_path, experts):
         load_experts(tmp_path, 0, experts, config=config("bf16"))
 
 
-PEAK_PROGRAM = """
-import sys, torch
-from megamoe.checkpoint import Checkpoint, load_experts
-from megamoe.config import MoEConfig
-
-def status_bytes(field):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
-
-torch.set_num_threads(1)
-checkpoint = Checkpoint(sys.argv[1])
-for weight_format in ("fp8", "bf16"):
-    config = MoEConfig(1024, 1024, 16, 2, weight_format=weight_format)
-    load_experts(checkpoint, 0, range(1), config=config)  # code is paged in
-    before = status_bytes("VmRSS")
-    with open("/proc/self/clear_refs", "w") as clear:
-        clear.write("5")  # VmHWM starts again from here
-    weights = load_experts(checkpoint, 0, range(8), config=config)
-    print(status_bytes("VmHWM") - before, sum(t.nbytes for t in weights if t is not None))
-    del weights
-"""
-
-
-@pytest.mark.skipif(
-    not os.access("/proc/self/clear_refs", os.W_OK), reason="not run: no /proc to read peak memory from"
-)
+@needs_proc
 @pytest.mark.parametrize("stacked_experts", [False, True], ids=["a tensor an expert", "all experts in one"])
 def test_peak_memory_is_the_local_weights_and_one_expert(tmp_path, stacked_experts):
     names = [f"{PREFIX}.{expert}.{p}_proj.weight" for expert in range(16) for p in ("gate", "up", "down")]
@@ -221,13 +195,5 @@ def test_peak_memory_is_the_local_weights_and_one_expert(tmp_path, stacked_exper
         shapes = {f"{PREFIX}.gate_up_proj": (16, 1024, 2048), f"{PREFIX}.down_proj": (16, 1024, 1024)}
     save(tmp_path, {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()})
     expert_bytes = 3 * 1024 * 1024 * 2
-    # A fixed threshold: freed blocks go back at once, so that resident memory is what is in use
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", PEAK_PROGRAM, str(tmp_path)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    for line in done.stdout.splitlines():
-        peak, local_bytes = map(int, line.split())
-        print(f"peak {peak / 2**20:.1f} MiB, local weights {local_bytes / 2**20:.1f} MiB, one expert 6.0 MiB")
+    for peak, local_bytes in peaks(tmp_path, ("fp8", "bf16")):
         assert local_bytes <= peak <= local_bytes + expert_bytes + 2**20
-    assert len(done.stdout.splitlines()) == 2

@@ -2,9 +2,6 @@
 """MXFP4 experts under gpt-oss's names: read bit for bit, padded, refused by name, served; and written back."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -19,6 +16,7 @@ from megamoe.checkpoint_mxfp4 import checkpoint_tensors
 from megamoe.integrations.spec import SpecExperts
 from megamoe.quant import mxfp4
 from megamoe.testing.compare import rel_l2
+from tests.cpu.peak_memory import needs_proc, peaks
 
 PREFIX = "model.layers.0.mlp.experts"
 NUM_EXPERTS = 4
@@ -184,43 +182,11 @@ def test_a_scale_factor_that_is_nan_is_named(tmp_path, weight_format):
         load_experts(tmp_path, 0, range(2, 4), config=config)
 
 
-PEAK_PROGRAM = """
-import sys, torch
-from megamoe.checkpoint import Checkpoint, load_experts
-from megamoe.config import MoEConfig
-
-def status_bytes(field):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
-
-torch.set_num_threads(1)
-checkpoint = Checkpoint(sys.argv[1])
-for weight_format in ("mxfp4", "fp8", "bf16"):
-    config = MoEConfig(1024, 1024, 16, 2, weight_format=weight_format)
-    load_experts(checkpoint, 0, range(1), config=config, sizes=(960, 992))  # code is paged in
-    before = status_bytes("VmRSS")
-    with open("/proc/self/clear_refs", "w") as clear:
-        clear.write("5")  # VmHWM starts again from here
-    weights = load_experts(checkpoint, 0, range(8), config=config, sizes=(960, 992))
-    print(status_bytes("VmHWM") - before, sum(t.nbytes for t in weights if t is not None))
-    del weights
-"""
-
-
-@pytest.mark.skipif(
-    not os.access("/proc/self/clear_refs", os.W_OK), reason="not run: no /proc to read peak memory from"
-)
+@needs_proc
 def test_peak_memory_is_the_local_weights_and_less_than_one_plain_expert(tmp_path):
     save(tmp_path, {n: t for n, t in make_tensors((960, 992), 16).items() if not n.endswith("_bias")})
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", PEAK_PROGRAM, str(tmp_path)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    for line in done.stdout.splitlines():
-        peak, local_bytes = map(int, line.split())
-        print(f"peak {peak / 2**20:.1f} MiB, local weights {local_bytes / 2**20:.1f} MiB, one bf16 expert 6.0 MiB")
+    for peak, local_bytes in peaks(tmp_path, ("mxfp4", "fp8", "bf16"), (960, 992)):
         assert 0.99 * local_bytes <= peak <= local_bytes + 6 * 2**20
-    assert len(done.stdout.splitlines()) == 3
 
 
 def test_a_small_gpt_oss_is_served_from_its_blocks(tmp_path):

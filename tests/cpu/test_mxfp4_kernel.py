@@ -6,9 +6,6 @@ the A operand by the PTX fragment layout, times tokens in the permuted order, ag
 
 import ctypes
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +14,8 @@ import torch
 from megamoe.layout import MXFP4_IMAGE_PITCH_BYTES, MXFP4_IMAGE_SF_OFFSET, MXFP4_SCALES_OFFSET
 from megamoe.quant.mxfp4 import dequantize, fit, quantize
 from megamoe.quant.mxfp4_images import image_shape, pack_expert, unpack_expert
+from tests.cpu.host_library import CSRC, build_library
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SOURCE = """
 #include "gemm/mxfp4_decode.cuh"
 using namespace moe;
@@ -35,14 +32,10 @@ void decode(const u32* words, const u64* rows, u32 count, u32* out) {
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
+    built = build_library(tmp_path_factory.mktemp("mxfp4"), SOURCE)
+    if built is None:
         pytest.skip("not run: no g++")
-    source = tmp_path_factory.mktemp("mxfp4") / "decode.cpp"
-    source.write_text(SOURCE)
-    flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    subprocess.run([compiler, *flags, f"-I{CSRC}", str(source), "-o", str(source.with_suffix(".so"))], check=True)
-    return ctypes.CDLL(str(source.with_suffix(".so")))
+    return built
 
 
 def table(library) -> np.ndarray:

@@ -1,10 +1,7 @@
 """Shared experts: the specification against the float64 loop, and the kernel's slot arithmetic against both."""
 
 import ctypes
-import shutil
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +13,8 @@ from megamoe.steps import moe_layer, slot_experts
 from megamoe.testing.compare import verdict_ranks
 from megamoe.testing.data import make_case
 from megamoe.testing.reference import moe_reference
+from tests.cpu.host_library import build_library
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CONFIG = MoEConfig(256, 128, 8, 3, num_shared_experts=2)
 SOURCE = """
 #include "sched/shared.cuh"
@@ -34,14 +31,10 @@ class SharedExperts(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
+    built = build_library(tmp_path_factory.mktemp("shared"), SOURCE)
+    if built is None:
         pytest.skip("not run: no g++")
-    source = tmp_path_factory.mktemp("shared") / "shared.cpp"
-    source.write_text(SOURCE)
-    flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    subprocess.run([compiler, *flags, f"-I{CSRC}", str(source), "-o", str(source.with_suffix(".so"))], check=True)
-    return ctypes.CDLL(str(source.with_suffix(".so")))
+    return built
 
 
 def kernel_slots(library, config: MoEConfig, ep_size: int, ep_rank: int, topk_idx: torch.Tensor) -> torch.Tensor:
