@@ -16,7 +16,8 @@ template <u32 kBlockTokens_, WeightFormat kFormat_ = kFp8>
 struct Config {
     static constexpr u32 kBlockTokens = kBlockTokens_;
     static constexpr bool kIsMxfp4 = kFormat_ == kMxfp4;
-    // Few rows an expert: weights are the wgmma M side, so padding costs at most 7 token columns. Many: tokens are.
+    // Few rows an expert: weights are the wgmma M side, so padding costs at most the rest of a
+    // tile of tokens. Many: tokens are.
     static constexpr bool kWeightsOnM = kIsMxfp4 || kBlockTokens <= 64;
 
     static constexpr u32 kImageSfOffset = kIsMxfp4 ? kMxfp4ImageSfOffset : kFp8ImageSfOffset;

@@ -74,9 +74,9 @@ MOE_DEVICE void load_image(const Launch& l, SharedStorage<C>& s, const u8* image
     }
 }
 
-// The next ticket. Drawn, not dealt: tickets then start in their order, so that the token blocks of one weight block
-// meet in the L2 cache (dealt round robin they drift apart, and HBM delivers each block anew: 5.2 instead of
-// 3.5 GB a call). In a pair the first CTA draws and tells the second.
+// The next ticket. Drawn, not dealt: tickets then start in their order, so that the token blocks of a group meet each
+// weight block in the L2 cache (dealt round robin they drift apart: 5.2 instead of 3.5 GB from HBM a call, in an
+// earlier order of tiles, benchmarks/notes/0002). In a pair the first CTA draws and tells the second.
 template <class C>
 struct Tickets {
     u32 drawn = 0;

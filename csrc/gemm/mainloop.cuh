@@ -82,12 +82,6 @@ MOE_DEVICE Scales read_scales(u32 stage, u32 tokens_sf) {
             {ptx::ld_shared_f32(stage + kWeightsSf), ptx::ld_shared_f32(stage + kWeightsSf + 4)}};
 }
 
-// Products only from here on: made earlier, the assembler waits for the loads between two instructions of the tensor
-// cores.
-MOE_DEVICE void computed_here(Scales& f) {
-    asm volatile("" : "+f"(f.low), "+f"(f.high), "+f"(f.half[0]), "+f"(f.half[1]));
-}
-
 // even, odd: which half's factor the 8-column blocks of the accumulators take.
 MOE_DEVICE void promote_tokens_on_m(f32 (&sum)[64], const f32 (&acc)[64], f32 low_even, f32 low_odd, f32 high_even,
                                     f32 high_odd) {
@@ -121,9 +115,9 @@ MOE_DEVICE void issue_half(f32 (&acc)[64], u32 tokens, u32 weights) {
 
 // Two halves of 128 weight rows share one set of accumulators: a half is multiplied, then promoted. What else a stage
 // needs is done while the tensor cores work on it: its scale factors are read, the next stage is waited for. The other
-// warpgroup's products fill the promotions, as long as nothing else stands between: with addresses made from the ring's
-// position where they are used, a stage took 1600 cycles, of which the tensor cores need 1024 for both warpgroups
-// (benchmarks/notes/0006). So the stage follows from the loop's counter, which stays in uniform registers.
+// warpgroup's products fill the promotions, as long as nothing else stands between: thread and stage numbers that
+// became descriptors where they were used took 15 % of the loop (benchmarks/notes/0006). So a stage's address is ready
+// before its turn, and one shuffle makes it uniform.
 template <bool kSecond, class C>
 MOE_DEVICE void accumulate_tokens_on_m(SharedStorage<C>& s, Accumulator<C>& out, RingPosition<kStages<C>>& stage,
                                        u32 k_blocks) {

@@ -127,7 +127,7 @@ MOE_DEVICE void read_permuted(const Word* row, u32 column, Word (&words)[4]) {
     for (u32 i = 0; i < 4; ++i) words[i] = group[column / 16 % 8 + 8 * i];
 }
 
-constexpr i32 kPushLoads = 4;  // of 16 bytes that a lane has in flight: a row of 4096 e4m3 takes one latency
+constexpr i32 kPushLoads = 4;  // of 16 bytes that a lane has in flight: 2048 e4m3 take one latency
 
 // One row to every rank of `dst_mask`, 16 e4m3 a lane at a time.
 template <class C>

@@ -63,7 +63,7 @@ MOE_DEVICE void compute_tiles(const Launch& l, SharedStorage<C>& s) {
             swiglu_and_quantize(l, s, acc, slot, warp, lane);
         } else if constexpr (C::kWeightsOnM) {
             stage_rows_weights_on_m(s, acc, warp, lane);
-        } else if (__shfl_sync(~0u, s.healthy, 0)) {  // lost: the tile's row names may never have been written
+        } else if (__shfl_sync(~0u, s.healthy, 0)) {  // a lost tile's sums are not worth the links
             send_rows_tokens_on_m(l, s, acc, t, s.tile_rows[slot], warp, lane);
         }
         __syncwarp();

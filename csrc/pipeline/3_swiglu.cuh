@@ -36,7 +36,8 @@ MOE_DEVICE u32 h_byte(u32 column) {
     return C::kIsMxfp4 ? permute_k(column) : column;
 }
 
-// Weights on M: a thread holds gate (row r) and up (row r + 8) of h column 8 (4 slab + warp) + r, for tokens 8 j + 2 q
+// Weights on M: a thread holds gate (row r) and up (row r + 8) of h column 8 (4 slab + warp % 4) + r, for tokens 8 j +
+// 2 q
 // + {0, 1}.
 template <class C>
 MOE_DEVICE void quantize_weights_on_m(const Launch& l, SharedStorage<C>& s, Accumulator<C>& acc, const f32* weights,

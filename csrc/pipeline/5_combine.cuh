@@ -44,7 +44,8 @@ struct CombineLoads {
     static constexpr u32 kSlots = kSlots_, kSteps = kSteps_, kBufferBytes = kSteps * kCombineStep * 2;
 };
 
-// 8 columns of a lane: kLoads slots' loads in flight at a time, sums in slot order.
+// 8 columns of a lane: kLoads slots' loads in flight at a time, sums in slot order. For the exchange warps, whose 64
+// registers the general form below overruns by a few.
 template <u32 kLoads>
 MOE_DEVICE uint4 sum_slots(const u16* rows, u32 hidden, u32 used) {
     f32 sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};

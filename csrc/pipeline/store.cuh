@@ -39,7 +39,7 @@ MOE_DEVICE void store_h(const Launch& l, SharedStorage<C>& s, const TileSlot& t,
         if (!publish || group + 1 < C::kStagingGroups) continue;
         ptx::bulk_wait_all();
         ptx::fence_proxy_async_global();
-        ptx::st_release_gpu(l.h_ready(t.m_block) + t.n_block, MOE_FAULT(l, h, l.epoch));  // partner: load_linear2
+        ptx::st_release_gpu(l.h_ready(t.m_block) + t.n_block, MOE_FAULT(l, h, l.epoch));  // partner: HReadiness::wait
     }
     __syncwarp();
 }

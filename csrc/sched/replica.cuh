@@ -32,7 +32,7 @@ struct ReplicaMap {
     }
 };
 
-// One level a rank, for one thread; sched/table.cuh has the same over the lanes of a warp.
+// One level a rank, for one thread; sched/chosen.cuh has the same over the lanes of a warp.
 struct RankLevels {
     u32 level[kMaxEpSize];
 

@@ -13,9 +13,6 @@ struct RingPosition {
         slot_and_phase += 2;
         if (slot_and_phase >= 2 * kSlots) slot_and_phase = (slot_and_phase & 1) ^ 1;
     }
-    // As a number below 2 * kSlots that counts on by one a slot.
-    MOE_HOST_DEVICE u32 index() const { return slot() + consumer_parity() * kSlots; }
-    MOE_HOST_DEVICE void move_to(u32 index) { slot_and_phase = index % kSlots << 1 | index / kSlots; }
     MOE_HOST_DEVICE u32 consumer_parity() const { return slot_and_phase & 1; }
     // A producer finds a fresh ring free: it waits for the phase before the first.
     MOE_HOST_DEVICE u32 producer_parity() const { return (slot_and_phase & 1) ^ 1; }

@@ -93,8 +93,9 @@ def prefetch_stages(config, ep_size: int, num_tokens_bound: int) -> int:
 
 
 def combine_columns(hidden: int, num_tokens_bound: int, num_warps: int) -> int:
-    """Columns of one combine item, a multiple of COMBINE_STEP: two items or more for each of num_warps warps, since
-    most tokens become complete with the last experts and the call ends when the slowest warp has summed its own."""
+    """Columns of one combine item, a multiple of COMBINE_STEP: one or two items for each of num_warps warps where
+    there are tokens enough, more where a whole row is an item: most tokens become complete with the last experts, and
+    the call ends when the slowest warp has summed its own."""
     steps = math.ceil(hidden / COMBINE_STEP)
     steps_a_warp = max(1, math.ceil(max(num_tokens_bound, 1) * hidden / COMBINE_STEP / (2 * num_warps)))
     chunks = math.ceil(steps / min(steps_a_warp, steps))
