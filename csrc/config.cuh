@@ -8,22 +8,24 @@
 
 namespace moe {
 
-// How weights lie in an image and reach the tensor cores. e4m3 values are read from shared memory as they are; MXFP4
-// codes are decoded to e4m3 on their way into the registers of a wgmma A operand (gemm/mxfp4.cuh).
+// How weights lie in an image and reach the tensor cores. e4m3 values are read from shared memory as they are. MXFP4
+// codes become e4m3 values on their way into the registers of a wgmma A operand (gemm/mxfp4.cuh), or, where many token
+// blocks read each of them, once a launch in memory (gemm/decode_ahead.cuh): what reads them there is as for kFp8.
 enum WeightFormat : u32 { kFp8, kMxfp4 };
 
 template <u32 kBlockTokens_, WeightFormat kFormat_ = kFp8>
 struct Config {
     static constexpr u32 kBlockTokens = kBlockTokens_;
-    static constexpr bool kIsMxfp4 = kFormat_ == kMxfp4;
+    static constexpr bool kDecodesAhead = kFormat_ == kMxfp4 && kBlockTokens == 128;
+    static constexpr bool kDecodesInLoop = kFormat_ == kMxfp4 && !kDecodesAhead;
     // Few rows an expert: weights are the wgmma M side, so padding costs at most the rest of a
     // tile of tokens. Many: tokens are.
-    static constexpr bool kWeightsOnM = kIsMxfp4 || kBlockTokens <= 64;
+    static constexpr bool kWeightsOnM = kDecodesInLoop || kBlockTokens <= 64;
 
-    static constexpr u32 kImageSfOffset = kIsMxfp4 ? kMxfp4ImageSfOffset : kFp8ImageSfOffset;
-    static constexpr u32 kImageCopyBytes = kIsMxfp4 ? kMxfp4ImageCopyBytes : kFp8ImageCopyBytes;
-    static constexpr u32 kImagePitchBytes = kIsMxfp4 ? kMxfp4ImagePitchBytes : kFp8ImagePitchBytes;
-    static constexpr u32 kMaxStages = kIsMxfp4 ? 12 : 8;
+    static constexpr u32 kImageSfOffset = kDecodesInLoop ? kMxfp4ImageSfOffset : kFp8ImageSfOffset;
+    static constexpr u32 kImageCopyBytes = kDecodesInLoop ? kMxfp4ImageCopyBytes : kFp8ImageCopyBytes;
+    static constexpr u32 kImagePitchBytes = kDecodesInLoop ? kMxfp4ImagePitchBytes : kFp8ImagePitchBytes;
+    static constexpr u32 kMaxStages = kDecodesInLoop ? 12 : 8;
 
     static constexpr u32 kTokensBytes = kBlockTokens * kKBlock;
     static constexpr u32 kStageBytes = align_up(kTokensBytes + kImageCopyBytes + kBlockTokens * 4, 1024);
@@ -57,10 +59,12 @@ struct Config {
 
     static constexpr u32 kSharedLimit = 232448;  // 227 KiB: the most a CTA can have on sm_90
     static_assert(kBlockTokens % 8 == 0 &&
-                  (kBlockTokens <= 64 || (kIsMxfp4 ? kBlockTokens <= 104 : kBlockTokens == 128)));
+                  (kBlockTokens <= 64 || (kDecodesInLoop ? kBlockTokens <= 104 : kBlockTokens == 128)));
 };
 
-constexpr u32 kTileSlots = 4;    // tiles announced ahead of the math warps
+constexpr u32 kTileSlots = 4;  // tiles announced ahead of the math warps
+constexpr u32 kDecodeRing =
+    3;  // pieces of 512 bytes that an exchange warp has in flight: what is left beside four stages
 constexpr u32 kTicketSlots = 8;  // more than the tiles that one CTA of a pair can be ahead: one a stage at most
 
 // One announced tile. The tokens warps fill its row names and weights: weights on M before the tile's first stage is
@@ -84,8 +88,13 @@ struct DecodeTable<true> {
         decode_rows[16];  // gemm/mxfp4_decode.cuh; 128 bytes, each bank once: any lanes' rows at no conflict
 };
 
+// Of an exchange warp: images decoded so far, and the weight block of the last one, if it is not published.
+struct DecodeTurn {
+    u32 done, unpublished, next_row;
+};
+
 template <class C>
-struct SharedState : DecodeTable<C::kIsMxfp4> {
+struct SharedState : DecodeTable<C::kDecodesInLoop || C::kDecodesAhead> {
     u32 row_offset[kMaxLocalExperts + 1];                           // first row of an expert in the list
     u16 block_offset[kMaxLocalExperts + 1];                         // first token block of an expert
     u16 pair_offset[C::kCluster > 1 ? kMaxLocalExperts + 1 : 1];    // first pair of token blocks of an expert
@@ -98,9 +107,11 @@ struct SharedState : DecodeTable<C::kIsMxfp4> {
     const f32* row_sf_source[C::kWeightsOnM ? C::kBlockTokens : 1];
     f32 row_amax[8][C::kWeightsOnM ? C::kBlockTokens : 1];
     f32 row_scale[C::kWeightsOnM ? C::kBlockTokens : 1];
-    alignas(128) u8 y_slice[4][2][512];  // combine: two bulk stores in flight per exchange warp
+    // Of each exchange warp. decode_ahead: pieces on their way; combine: two bulk stores in flight.
+    alignas(128) u8 exchange_buffer[kExchangeWarps][C::kDecodesAhead ? kDecodeRing : 2][512];
 
     // Items of the exchange warps' last windows that nobody has taken: math warps help once their tiles are done.
+    DecodeTurn decode_turn[C::kDecodesAhead ? kExchangeWarps : 1];
     u32 watch_first[4], watch_pending[4], watch_open[4], watch_idle_since[4], watch_polls[4];
 
     u64 weights_full[C::kMaxStages], tokens_full[C::kMaxStages], stage_empty[C::kMaxStages];

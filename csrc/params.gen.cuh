@@ -23,7 +23,7 @@ constexpr u32 kFp8ImageSfOffset = 32768;
 constexpr u32 kFp8ImageCopyBytes = 32784;
 constexpr u32 kTraceRecords = 2048;
 constexpr u32 kNumTraceRoles = 7;
-constexpr u32 kNumRegions = 23;
+constexpr u32 kNumRegions = 26;
 constexpr u32 kFp8ImagePitchBytes = 32896;
 constexpr u32 kMxfp4ScalesOffset = 16384;
 constexpr u32 kMxfp4ImageSfOffset = 17408;
@@ -121,6 +121,9 @@ enum Region : u32 {
     kRegion_range_count,
     kRegion_chosen,
     kRegion_row_list,
+    kRegion_decode_done,
+    kRegion_decoded_ready,
+    kRegion_decoded,
     kRegion_x_image_ready,
     kRegion_x_image,
     kRegion_h,
@@ -193,6 +196,9 @@ struct KernelParams {
     u64 off_range_count;
     u64 off_chosen;
     u64 off_row_list;
+    u64 off_decode_done;
+    u64 off_decoded_ready;
+    u64 off_decoded;
     u64 off_x_image_ready;
     u64 off_x_image;
     u64 off_h;
@@ -200,6 +206,7 @@ struct KernelParams {
     u64 recv_x_sf_pitch;
     u64 head_pitch;
     u64 prefetch_stages;
+    u64 decode_lag;
     u64 arrive_deadline_ns;
     u64 step_deadline_ns;
     u32 ep_size;
@@ -245,36 +252,40 @@ static_assert(MOE_OFFSETOF(KernelParams, off_block_done) == 1344);
 static_assert(MOE_OFFSETOF(KernelParams, off_range_count) == 1352);
 static_assert(MOE_OFFSETOF(KernelParams, off_chosen) == 1360);
 static_assert(MOE_OFFSETOF(KernelParams, off_row_list) == 1368);
-static_assert(MOE_OFFSETOF(KernelParams, off_x_image_ready) == 1376);
-static_assert(MOE_OFFSETOF(KernelParams, off_x_image) == 1384);
-static_assert(MOE_OFFSETOF(KernelParams, off_h) == 1392);
-static_assert(MOE_OFFSETOF(KernelParams, recv_x_pitch) == 1400);
-static_assert(MOE_OFFSETOF(KernelParams, recv_x_sf_pitch) == 1408);
-static_assert(MOE_OFFSETOF(KernelParams, head_pitch) == 1416);
-static_assert(MOE_OFFSETOF(KernelParams, prefetch_stages) == 1424);
-static_assert(MOE_OFFSETOF(KernelParams, arrive_deadline_ns) == 1432);
-static_assert(MOE_OFFSETOF(KernelParams, step_deadline_ns) == 1440);
-static_assert(MOE_OFFSETOF(KernelParams, ep_size) == 1448);
-static_assert(MOE_OFFSETOF(KernelParams, ctas_per_rank) == 1452);
-static_assert(MOE_OFFSETOF(KernelParams, hidden) == 1456);
-static_assert(MOE_OFFSETOF(KernelParams, intermediate) == 1460);
-static_assert(MOE_OFFSETOF(KernelParams, num_local_experts) == 1464);
-static_assert(MOE_OFFSETOF(KernelParams, topk) == 1468);
-static_assert(MOE_OFFSETOF(KernelParams, capacity) == 1472);
-static_assert(MOE_OFFSETOF(KernelParams, slices) == 1476);
-static_assert(MOE_OFFSETOF(KernelParams, order_group) == 1480);
-static_assert(MOE_OFFSETOF(KernelParams, order_lag) == 1484);
-static_assert(MOE_OFFSETOF(KernelParams, combine_columns) == 1488);
-static_assert(MOE_OFFSETOF(KernelParams, combine_chunks) == 1492);
-static_assert(MOE_OFFSETOF(KernelParams, x_is_fp8) == 1496);
-static_assert(MOE_OFFSETOF(KernelParams, idx_is_int64) == 1500);
-static_assert(MOE_OFFSETOF(KernelParams, weights_are_bf16) == 1504);
-static_assert(MOE_OFFSETOF(KernelParams, swiglu_limit) == 1508);
-static_assert(MOE_OFFSETOF(KernelParams, biases) == 1512);
-static_assert(MOE_OFFSETOF(KernelParams, num_shared_experts) == 1640);
-static_assert(MOE_OFFSETOF(KernelParams, gate_exponent) == 1648);
-static_assert(MOE_OFFSETOF(KernelParams, up_shift) == 1652);
-static_assert(sizeof(KernelParams) == 1656);
+static_assert(MOE_OFFSETOF(KernelParams, off_decode_done) == 1376);
+static_assert(MOE_OFFSETOF(KernelParams, off_decoded_ready) == 1384);
+static_assert(MOE_OFFSETOF(KernelParams, off_decoded) == 1392);
+static_assert(MOE_OFFSETOF(KernelParams, off_x_image_ready) == 1400);
+static_assert(MOE_OFFSETOF(KernelParams, off_x_image) == 1408);
+static_assert(MOE_OFFSETOF(KernelParams, off_h) == 1416);
+static_assert(MOE_OFFSETOF(KernelParams, recv_x_pitch) == 1424);
+static_assert(MOE_OFFSETOF(KernelParams, recv_x_sf_pitch) == 1432);
+static_assert(MOE_OFFSETOF(KernelParams, head_pitch) == 1440);
+static_assert(MOE_OFFSETOF(KernelParams, prefetch_stages) == 1448);
+static_assert(MOE_OFFSETOF(KernelParams, decode_lag) == 1456);
+static_assert(MOE_OFFSETOF(KernelParams, arrive_deadline_ns) == 1464);
+static_assert(MOE_OFFSETOF(KernelParams, step_deadline_ns) == 1472);
+static_assert(MOE_OFFSETOF(KernelParams, ep_size) == 1480);
+static_assert(MOE_OFFSETOF(KernelParams, ctas_per_rank) == 1484);
+static_assert(MOE_OFFSETOF(KernelParams, hidden) == 1488);
+static_assert(MOE_OFFSETOF(KernelParams, intermediate) == 1492);
+static_assert(MOE_OFFSETOF(KernelParams, num_local_experts) == 1496);
+static_assert(MOE_OFFSETOF(KernelParams, topk) == 1500);
+static_assert(MOE_OFFSETOF(KernelParams, capacity) == 1504);
+static_assert(MOE_OFFSETOF(KernelParams, slices) == 1508);
+static_assert(MOE_OFFSETOF(KernelParams, order_group) == 1512);
+static_assert(MOE_OFFSETOF(KernelParams, order_lag) == 1516);
+static_assert(MOE_OFFSETOF(KernelParams, combine_columns) == 1520);
+static_assert(MOE_OFFSETOF(KernelParams, combine_chunks) == 1524);
+static_assert(MOE_OFFSETOF(KernelParams, x_is_fp8) == 1528);
+static_assert(MOE_OFFSETOF(KernelParams, idx_is_int64) == 1532);
+static_assert(MOE_OFFSETOF(KernelParams, weights_are_bf16) == 1536);
+static_assert(MOE_OFFSETOF(KernelParams, swiglu_limit) == 1540);
+static_assert(MOE_OFFSETOF(KernelParams, biases) == 1544);
+static_assert(MOE_OFFSETOF(KernelParams, num_shared_experts) == 1672);
+static_assert(MOE_OFFSETOF(KernelParams, gate_exponent) == 1680);
+static_assert(MOE_OFFSETOF(KernelParams, up_shift) == 1684);
+static_assert(sizeof(KernelParams) == 1688);
 
 struct KernelStatus {
     u32 code;

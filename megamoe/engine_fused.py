@@ -356,7 +356,9 @@ class FusedEngine:
         p.weights_are_bf16 = topk_weights.dtype is torch.bfloat16
         cut = self.cuts.get(num_tokens_bound) or self._new_cut(num_tokens_bound)
         if cut is not self.cut:
-            self.cut, (_, p.order_group, p.order_lag, p.prefetch_stages, p.combine_columns, p.combine_chunks) = cut, cut
+            self.cut = cut
+            (_, p.order_group, p.order_lag, p.prefetch_stages, p.decode_lag, p.combine_columns,
+             p.combine_chunks) = cut  # fmt: skip
         kernel = shared.kernels[self.config.weight_format, cut.block_tokens, self.extras]
         launch = self.launches.get(kernel) or self._new_launch(kernel)
         launch(current_stream_handle(device))

@@ -2,8 +2,7 @@
 
 Everything that host and device must agree on is a row of this file: `REGIONS` (what lies in memory, who writes and
 who reads it), `RankParams` and `KernelParams` (the one by-value kernel parameter), `ROLES` and `STEPS` (the words of an
-error record) and `KernelStatus` (that record). `render_header()` writes `csrc/params.gen.cuh` from them; a test keeps
-it fresh.
+error record) and `KernelStatus` (that record). `layout_header.py` writes `csrc/params.gen.cuh` from them.
 
 Offsets are the same for every layer that shares a workspace: each region is sized by its largest layer, and inside a
 region each source rank's part starts at a fixed pitch. A rank that is one call ahead may therefore never write into
@@ -16,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megamoe.plan import tiles
-from megamoe.plan.tiles import BLOCK_TOKENS, COMBINE_STEP, TOKENS_ON_M
+from megamoe.plan.tiles import BLOCK_TOKENS, TOKENS_ON_M
 
 MAX_EP_SIZE = 32  # a bit of a 32-bit mask per destination rank
 MAX_VIRTUAL_RANKS = 8
@@ -78,6 +77,8 @@ class Dims:
     num_staged_experts: int = 0
     token_slots: int = 0  # topk, and one for each shared expert
     num_shared_experts: int = 0  # the last of num_local_experts
+    decoded_blocks: int = 0  # weight blocks of MXFP4 layers whose calls may decode them ahead
+    decoded_images: int = 0  # their images
 
     @property
     def rows(self) -> int:
@@ -163,6 +164,12 @@ REGIONS = (
            "plan warps", "exchange warps", "slot over all ranks of each of the rank's own rows, if counts choose it"),
     Region("row_list", "local", "u32", lambda d: (d.rows,),
            "plan warps", "tokens warps", "packed (source, token, slot), sorted by expert"),
+    Region("decode_done", "local", "u32", lambda d: (d.decoded_blocks,),
+           "exchange warps", "their last arriver, which zeroes it", "decoded images of a weight block"),
+    Region("decoded_ready", "local", "u32", lambda d: (d.decoded_blocks,),
+           "exchange warps", "weights warp", "epoch of a decoded weight block"),
+    Region("decoded", "local", "u8", lambda d: (d.decoded_images, IMAGE_PITCH_BYTES),
+           "exchange warps", "weights warp", "MXFP4 weights as FP8 images, linear1's first"),
     Region("x_image_ready", "local", "u32", lambda d: (d.image_rows,),
            "exchange warps", "tokens warp (linear1)", "epoch of a row of x_image"),
     Region("x_image", "local", "u8", lambda d: (d.image_rows, d.hidden // K_BLOCK, K_BLOCK + 4),
@@ -182,6 +189,8 @@ ZEROED = (
     "control",
     "range_ready",
     "list_ready",
+    "decode_done",
+    "decoded_ready",
     "x_image_ready",
     "h_ready",
     "block_done",
@@ -231,6 +240,7 @@ class KernelParams(ctypes.Structure):
         ("recv_x_sf_pitch", ctypes.c_uint64),
         ("head_pitch", ctypes.c_uint64),  # elements between two source ranks of head_idx and head_weights
         ("prefetch_stages", ctypes.c_uint64),  # of its likely first tile, that a CTA asks the L2 cache for at entry
+        ("decode_lag", ctypes.c_uint64),  # experts whose linear1 is decoded ahead of the first one's linear2
         ("arrive_deadline_ns", ctypes.c_uint64),  # until every rank has sent its routing
         ("step_deadline_ns", ctypes.c_uint64),  # any later wait
         ("ep_size", ctypes.c_uint32),
@@ -329,72 +339,23 @@ def dims_of(moe_configs: Sequence, ep_config, ep_size: int, num_ctas: int = 132)
         topk=max(c.topk for c in moe_configs),
         num_ctas=num_ctas,
         max_block_tokens=max(tiles.choose_block_tokens(c, ep_size, capacity) for c in moe_configs),
+        **_decoded(moe_configs, ep_config, ep_size),
     )
+
+
+def _decoded(moe_configs: Sequence, ep_config, ep_size: int) -> dict[str, int]:
+    blocks = images = 0
+    for c in moe_configs:
+        if tiles.decodes_ahead(
+            c.weight_format, tiles.choose_block_tokens(c, ep_size, ep_config.num_max_tokens_per_rank)
+        ):
+            slots = ep_config.num_slots(c, ep_size) + c.num_shared_experts
+            shapes = [image_blocks(i, c.hidden, c.intermediate) for i in (1, 2)]
+            blocks = max(blocks, slots * sum(n for n, _ in shapes))
+            images = max(images, slots * sum(n * k for n, k in shapes))
+    return {"decoded_blocks": blocks, "decoded_images": images}
 
 
 def regions(moe_configs: Sequence, ep_config, ep_size: int) -> list[Placed]:
     """Every region of one rank, sized for all of `moe_configs`: what `plan_memory` explains."""
     return place(dims_of(moe_configs, ep_config, ep_size))[0]
-
-
-CPP_TYPES = {ctypes.c_uint64: "u64", ctypes.c_uint32: "u32", ctypes.c_float: "f32"}
-
-
-def _render_struct(struct: type[ctypes.Structure]) -> str:
-    lines, checks = [], []
-    for name, ctype in struct._fields_:
-        if hasattr(ctype, "_length_"):
-            element = ctype._type_
-            text = CPP_TYPES.get(element, element.__name__)
-            lines.append(f"    {text} {name}[{ctype._length_}];")
-        else:
-            lines.append(f"    {CPP_TYPES[ctype]} {name};")
-        checks.append(f"static_assert(MOE_OFFSETOF({struct.__name__}, {name}) == {getattr(struct, name).offset});")
-    checks.append(f"static_assert(sizeof({struct.__name__}) == {ctypes.sizeof(struct)});")
-    return f"struct {struct.__name__} {{\n" + "\n".join(lines) + "\n};\n" + "\n".join(checks) + "\n"
-
-
-def _render_enum(name: str, words: Sequence[str]) -> str:
-    return f"enum {name} : u32 {{\n" + "".join(f"    k{name}_{w},\n" for w in words) + "};\n"
-
-
-def render_header() -> str:
-    """The text of `csrc/params.gen.cuh`."""
-    out = [
-        "// clang-format off\n"
-        "// Generated from megamoe/layout.py by `python -m megamoe layout --write-header`. Do not edit.\n#pragma once\n"
-        '#include "prelude.cuh"\n\nnamespace moe {\n'
-    ]
-    constants = (
-        ("kMaxEpSize", MAX_EP_SIZE),
-        ("kMaxVirtualRanks", MAX_VIRTUAL_RANKS),
-        ("kMaxTopk", MAX_TOPK),
-        ("kMaxLocalExperts", MAX_LOCAL_EXPERTS),
-        ("kHeadSliceTokens", HEAD_SLICE_TOKENS),
-        ("kChoicePasses", CHOICE_PASSES),
-        ("kReplicaHeaderWords", REPLICA_HEADER_WORDS),
-        ("kMaxLogicalExperts", MAX_LOGICAL_EXPERTS),
-        ("kMaxCopies", MAX_COPIES),
-        ("kNumThreads", NUM_THREADS),
-        ("kExchangeWarps", EXCHANGE_WARPS),
-        ("kCombineStep", COMBINE_STEP),
-        ("kKBlock", K_BLOCK),
-        ("kNBlock", N_BLOCK),
-        ("kFp8ImageSfOffset", IMAGE_SF_OFFSET),
-        ("kFp8ImageCopyBytes", IMAGE_COPY_BYTES),
-        ("kTraceRecords", TRACE_RECORDS),
-        ("kNumTraceRoles", len(TRACE_ROLES)),
-        ("kNumRegions", len(REGIONS)),
-        ("kFp8ImagePitchBytes", IMAGE_PITCH_BYTES),
-        ("kMxfp4ScalesOffset", MXFP4_SCALES_OFFSET),
-        ("kMxfp4ImageSfOffset", MXFP4_IMAGE_SF_OFFSET),
-        ("kMxfp4ImageCopyBytes", MXFP4_IMAGE_COPY_BYTES),
-        ("kMxfp4ImagePitchBytes", MXFP4_IMAGE_PITCH_BYTES),
-    )
-    out.append("".join(f"constexpr u32 {name} = {value};\n" for name, value in constants))
-    enums = (("Role", ROLES), ("Step", STEPS), ("Code", CODES), ("Trace", TRACE_ROLES), ("Event", TRACE_EVENTS),
-             ("Choice", CHOICES), ("Fault", FAULT_POINTS), ("Region", [region.name for region in REGIONS]))  # fmt: skip
-    out += [_render_enum(name, words) for name, words in enums]
-    out += [_render_struct(s) for s in (RankParams, RankBiases, KernelParams, KernelStatus)]
-    out.append("}  // namespace moe\n")
-    return "\n".join(out)

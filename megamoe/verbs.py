@@ -122,6 +122,7 @@ def layout_main(argv: list[str]) -> int:
                         help="write csrc/params.gen.cuh from megamoe/layout.py instead")
     given = parser.parse_args(argv)
     from megamoe import layout
+    from megamoe.layout_header import render_header
 
     if given.write_header:
         from megamoe_cuda.compile import source_root
@@ -132,7 +133,7 @@ def layout_main(argv: list[str]) -> int:
                   f"header belongs into {beside}. PYTHONPATH=$(python3 launch/link.py) takes both\nfrom one checkout.",
                   file=sys.stderr)  # fmt: skip
             return 2
-        header.write_text(layout.render_header())
+        header.write_text(render_header())
         print(f"wrote {header}")
         return 0
     from megamoe import EPConfig, MoEConfig, support

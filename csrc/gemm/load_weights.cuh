@@ -3,6 +3,7 @@
 #pragma once
 #include "config.cuh"
 #include "debug/trace.cuh"
+#include "gemm/decode_ahead.cuh"
 #include "ptx/copy.cuh"
 #include "roles.cuh"
 #include "sched/tickets.cuh"
@@ -19,6 +20,7 @@ template <class C>
 MOE_DEVICE const u8* first_image(const Launch& l, const TileSlot& t) {
     const bool second = t.kind == kTile_linear2;
     const u32 n_blocks = second ? l.n_blocks2() : l.n_blocks1();
+    if constexpr (C::kDecodesAhead) return decoded_image(l, second, t.expert, t.n_block * k_blocks_of(l, t));
     return reinterpret_cast<const u8*>(second ? l.me.linear2 : l.me.linear1) +
            (u64(t.expert) * n_blocks + t.n_block) * k_blocks_of(l, t) * u64(C::kImagePitchBytes);
 }
@@ -35,10 +37,24 @@ MOE_DEVICE void prefetch_first_tile(const Launch& l) {
         expert = l.cta / 2 / n_pairs, n_block = l.cta / 2 % n_pairs * 2 + l.cta % 2;
     }
     const u32 stages = min_u32(static_cast<u32>(l.p.prefetch_stages), k_blocks);
-    if (stages == 0 || expert >= experts || n_block >= n_blocks) return;
+    if (C::kDecodesAhead || stages == 0 || expert >= experts || n_block >= n_blocks) return;
     ptx::bulk_prefetch_l2(
         reinterpret_cast<const u8*>(l.me.linear1) + (u64(expert) * n_blocks + n_block) * k_blocks * C::kImagePitchBytes,
         stages * C::kImagePitchBytes);
+}
+
+// Partner: DecodeAhead::publish. A lost launch may stream what is not decoded, also to the partner of a pair: store.cuh
+// publishes none of it.
+template <class C>
+MOE_DEVICE void wait_decoded(const Launch& l, SharedStorage<C>& s, const TileSlot& t) {
+    if constexpr (C::kDecodesAhead) {
+        const bool second = t.kind == kTile_linear2;
+        if (!wait_acquire_gpu(l, l.decoded_ready(weight_block(l, second, t.expert, t.n_block)),
+                              2 * l.p.step_deadline_ns,
+                              {kRole_weights, second ? kStep_linear2 : kStep_linear1, t.expert}))
+            s.healthy = 0;
+        ptx::fence_proxy_async_global();  // acquired by a generic load, read by the copy engine next
+    }
 }
 
 // Announces tile `number`, or the end. Readers: every other role of linear1 and linear2.
@@ -115,6 +131,7 @@ MOE_DEVICE void load_weights(const Launch& l, SharedStorage<C>& s) {
         trace(l, s, kTrace_weights, kEvent_tile, number);
         draws.draw(l);  // its latency hides behind the first stages
         const u32 k_blocks = k_blocks_of(l, t);
+        wait_decoded(l, s, t);
 #pragma unroll 1
         for (u32 k = 0; k < k_blocks; ++k, stage.advance()) {
             wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());

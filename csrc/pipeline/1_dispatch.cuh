@@ -21,10 +21,6 @@ constexpr bool kPlans = false;
 MOE_DEVICE bool has_plan(const Launch& l) { return kPlans && l.me.replica_map; }
 MOE_DEVICE ReplicaMap replica_map(const Launch& l) { return {reinterpret_cast<const u32*>(l.me.replica_map)}; }
 
-// The rank's exchange warps share out slices, tokens and combine items round robin, CTA first.
-MOE_DEVICE u32 first_item(const Launch& l) { return (warp_id() - kExchangeWarp) * l.num_ctas + l.cta; }
-MOE_DEVICE u32 item_stride(const Launch& l) { return l.num_ctas * kExchangeWarps; }
-
 // Slot i is token * topk + slot, the shared experts' slots included.
 MOE_DEVICE bool is_shared(const Launch& l, u64 i) { return kExtras && shared_experts(l).has(static_cast<u32>(i)); }
 MOE_DEVICE i32 shared_idx(const Launch& l, u64 i) { return shared_experts(l).own(l.me.ep_rank, static_cast<u32>(i)); }
@@ -145,7 +141,7 @@ MOE_DEVICE void push_row(const Launch& l, u32 token, u32 dst_mask, u32 lane) {
 #pragma unroll
             for (i32 i = 0; i < kPushLoads; ++i) {
                 if (i * 512 >= left) continue;
-                if constexpr (C::kIsMxfp4) {
+                if constexpr (C::kDecodesInLoop) {
                     u32 words[4];
                     read_permuted(reinterpret_cast<const u32*>(x), column + i * 512, words);
                     v[i] = make_uint4(words[0], words[1], words[2], words[3]);
@@ -172,7 +168,7 @@ MOE_DEVICE void push_row(const Launch& l, u32 token, u32 dst_mask, u32 lane) {
         const u32 column = base + lane * 16;
         const bool inside = column < hidden;  // whole groups of 8 lanes: hidden is a multiple of 128
         QuantizedChunk q;
-        if constexpr (C::kIsMxfp4) {
+        if constexpr (C::kDecodesInLoop) {
             uint2 words[4];
             read_permuted(reinterpret_cast<const uint2*>(x), inside ? column : lane % 8 * 16, words);
             q = quantize_bf16(make_uint4(words[0].x, words[0].y, words[1].x, words[1].y),

@@ -5,6 +5,7 @@
 // (x_image_ready).
 #pragma once
 #include "config.cuh"
+#include "gemm/decode_ahead.cuh"
 #include "pipeline/1_dispatch.cuh"
 #include "sched/order.cuh"
 #include "sync/wait.cuh"
@@ -83,31 +84,58 @@ MOE_DEVICE u32 rows_here(const Launch& l, u32 name, bool valid) {
     return here;
 }
 
-// The exchange warps, in the list's order, which is the order of the tiles. 32 rows are looked up at once, a lane each.
+// This warp's rows of the list in [begin, end), in the list's order, which is the order of the tiles. 32 are looked up
+// at once, a lane each. begin: the first of them. False: lost.
 template <class C>
-MOE_DEVICE void permute_rows(const Launch& l, SharedStorage<C>& s) {
-    while (!ptx::ld_acquire_cta_shared(&s.plan_done)) {  // set however the plan ends
-    }
-    if (!__shfl_sync(~0u, s.healthy, 0)) return;  // lost; combine ends by itself
-    const u32 lane = lane_id(), rows = s.row_offset[kMaxLocalExperts];
+MOE_DEVICE bool copy_rows(const Launch& l, const SharedStorage<C>& s, u32 begin, u32 end) {
+    const u32 lane = lane_id();
     u32 place_before = ~0u;
 #pragma unroll 1
-    for (u32 first = first_item(l); first < rows; first += 32 * item_stride(l)) {
+    for (u32 first = begin; first < end; first += 32 * item_stride(l)) {
         const u32 mine = first + lane * item_stride(l);
-        const u32 names = mine < rows ? ptx::ld_cg(l.row_list() + mine) : 0, places = place_in_images(s, mine);
-        u32 here = rows_here(l, names, mine < rows);
+        const u32 names = mine < end ? ptx::ld_cg(l.row_list() + mine) : 0, places = place_in_images(s, mine);
+        u32 here = rows_here(l, names, mine < end);
 #pragma unroll 1
-        for (u32 i = 0; i < 32 && first + i * item_stride(l) < rows; ++i) {
+        for (u32 i = 0; i < 32 && first + i * item_stride(l) < end; ++i) {
             const u32 name = __shfl_sync(~0u, names, i), place = __shfl_sync(~0u, places, i);
             if (!(here >> i & 1)) {
-                if (!wait_row(l, name)) return;
-                here = rows_here(l, names, first + lane_id() * item_stride(l) < rows);
+                if (!wait_row(l, name)) return false;
+                here = rows_here(l, names, first + lane_id() * item_stride(l) < end);
             }
             copy_row<C>(l, name, place, place_before, lane);
             place_before = place;
         }
     }
     if (place_before != ~0u) publish_row(l, place_before, lane);
+    return true;
+}
+
+// The exchange warps. Where weights are decoded ahead they take an image and some rows in turn: both lie in the order
+// of the tiles. Until the plan is known there are only images.
+template <class C>
+MOE_DEVICE void permute_rows(const Launch& l, SharedStorage<C>& s) {
+    if constexpr (C::kDecodesAhead) {
+        const DecodeAhead<C> decode{l, s};
+        decode.start();
+#pragma unroll 1
+        while (true) {
+            decode.step();
+            if (!__all_sync(~0u, ptx::ld_acquire_cta_shared(&s.plan_done))) continue;  // set however the plan ends
+            if (!__shfl_sync(~0u, s.healthy, 0)) return;                               // lost; combine ends by itself
+            const u32 begin = decode.turn().next_row, end = decode.rows_due(s.row_offset[kMaxLocalExperts]);
+            if (begin < end) {
+                if (!copy_rows(l, s, begin, end)) return;
+                decode.advance_rows(ceil_div(end - begin, item_stride(l)));
+            }
+            if (decode.is_done()) break;
+        }
+        decode.publish();
+    } else {
+        while (!ptx::ld_acquire_cta_shared(&s.plan_done)) {  // set however the plan ends
+        }
+        if (!__shfl_sync(~0u, s.healthy, 0)) return;  // lost; combine ends by itself
+        copy_rows(l, s, first_item(l), s.row_offset[kMaxLocalExperts]);
+    }
 }
 
 }  // namespace moe

@@ -46,7 +46,7 @@ MOE_DEVICE void compute_tiles(const Launch& l, SharedStorage<C>& s) {
         if (t.kind == kTile_end) return;
         mark_math(l, s, kEvent_tile, next);
         Accumulator<C> acc;
-        if constexpr (C::kIsMxfp4) accumulate_mxfp4(l, s, acc, stage, t);
+        if constexpr (C::kDecodesInLoop) accumulate_mxfp4(l, s, acc, stage, t);
         else accumulate(l, s, acc, stage, t);
         if constexpr (kExtras) add_bias(l, s, acc, t);
 #ifdef DUMP_LINEAR1

@@ -33,7 +33,7 @@ MOE_DEVICE f32 swiglu(const Launch& l, f32 gate, f32 up, f32 weight) {
 // Where h column `column` of 128 lies in a row of the image: linear2's weights must lie in the same order of K.
 template <class C>
 MOE_DEVICE u32 h_byte(u32 column) {
-    return C::kIsMxfp4 ? permute_k(column) : column;
+    return C::kDecodesInLoop ? permute_k(column) : column;
 }
 
 // Weights on M: a thread holds gate (row r) and up (row r + 8) of h column 8 (4 slab + warp % 4) + r, for tokens 8 j +

@@ -209,8 +209,8 @@ MOE_DEVICE void combine(const Launch& l, SharedStorage<C>& s) {
             if (left == 0) break;
             const u32 ready = __ballot_sync(~0u, slots >> 16 == 0) & left;
             if (ready && lane_id() == 0) s.watch_idle_since[my_window()] = now_us();
-            combine_ready_items<CombineLoads<C::kCombineLoads, 1>>(l, s, s.y_slice[my_window()], my_window(), ready,
-                                                                   slots);
+            combine_ready_items<CombineLoads<C::kCombineLoads, 1>>(
+                l, s, *reinterpret_cast<u8(*)[2][512]>(s.exchange_buffer[my_window()]), my_window(), ready, slots);
             if (__shfl_sync(~0u, s.watch_polls[my_window()], 0) % 64 == 0 && is_over(l, s, item, slots)) {
                 if (lane == 0) {
                     s.watch_pending[my_window()] = 0;
@@ -241,7 +241,7 @@ template <class C>
 MOE_DEVICE void help_combine(const Launch& l, SharedStorage<C>& s) {
     ptx::named_barrier_sync<kBarrierMath, kMathWarps * 32>();  // the stages are free
     const u32 lane = lane_id(), warp = warp_id();
-    using Loads = CombineLoads<6, C::kIsMxfp4 ? 2 : 4>;
+    using Loads = CombineLoads<6, C::kDecodesInLoop ? 2 : 4>;
     static_assert(kMathWarps * 2 * Loads::kBufferBytes <= C::kImageSfOffset);
     auto& buffers =
         *reinterpret_cast<u8(*)[2][Loads::kBufferBytes]>(s.stages[0].weights + warp * 2 * Loads::kBufferBytes);

@@ -12,6 +12,13 @@
 
 namespace moe {
 
+// A lost launch must not publish what a tile holds. Weights that are decoded ahead may be lost to the other CTA of the
+// pair alone: its abort word was up before they came here.
+template <class C>
+MOE_DEVICE bool may_publish(const Launch& l, const SharedStorage<C>& s, const TileSlot& t) {
+    return s.healthy && t.row_count != 0 && !(C::kDecodesAhead && is_lost(l));
+}
+
 // Lane 0. One warpgroup's rows of the image (all of it where the warpgroups share an epilogue).
 template <class C>
 MOE_DEVICE void store_h_group(SharedStorage<C>& s, u8* image, u32 group) {
@@ -32,7 +39,7 @@ MOE_DEVICE void store_h(const Launch& l, SharedStorage<C>& s, const TileSlot& t,
     for (u32 group = 0; group < C::kStagingGroups; ++group) {
         wait_mbarrier(&s.staging_full[group], parity);
         if (lane != 0) continue;
-        const bool publish = s.healthy && t.row_count != 0;
+        const bool publish = may_publish(l, s, t);
         if (publish) store_h_group(s, image, group);
         ptx::bulk_wait_read<0>();
         ptx::mbarrier_arrive(&s.staging_empty[group]);
@@ -50,7 +57,8 @@ template <class C>
 MOE_DEVICE void store_rows(const Launch& l, SharedStorage<C>& s, const TileSlot& t, const u32* rows, u32 parity,
                            u32 lane) {
     for (u32 group = 0; group < C::kStagingGroups; ++group) wait_mbarrier(&s.staging_full[group], parity);
-    const bool publish = s.healthy && t.row_count != 0;  // a lost launch must not publish what a tile holds
+    bool publish = may_publish(l, s, t);
+    if constexpr (C::kDecodesAhead) publish = __all_sync(~0u, publish);
     if constexpr (C::kWeightsOnM) {
         const u32 columns = min_u32(kNBlock, l.p.hidden - t.n_block * kNBlock);
         for (u32 r = lane; r < t.row_count && publish; r += 32) {

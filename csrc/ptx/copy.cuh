@@ -65,6 +65,12 @@ MOE_DEVICE void cp_async_4(u32 shared, const void* global, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4u : 0u)
                  : "memory");
 }
+MOE_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// All but the last kPending groups of this thread have landed, and it may read them.
+template <int kPending>
+MOE_DEVICE void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 // This thread arrives once all its earlier cp.async have landed. Counted among the barrier's expected arrivals.
 MOE_DEVICE void cp_async_arrive(u64* bar) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar)) : "memory");

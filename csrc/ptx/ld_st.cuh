@@ -64,6 +64,11 @@ MOE_DEVICE uint4 ld_cg_v4(const void* p) {
                  : "memory");
     return v;
 }
+MOE_DEVICE uint2 ld_cg_v2(const void* p) {
+    uint2 v;
+    asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+    return v;
+}
 MOE_DEVICE u32 ld_cg(const u32* p) {
     u32 v;
     asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");

@@ -3,6 +3,7 @@
 #include "debug/check.cuh"
 #include "params.gen.cuh"
 #include "ptx/ld_st.cuh"
+#include "roles.cuh"
 
 namespace moe {
 
@@ -125,9 +126,25 @@ struct Launch {
                           local<u8>(p.off_h) + (u64(m_block) * (p.intermediate / kKBlock) + k_block) * image_bytes);
     }
 
+    // Weight blocks of decode_ahead.cuh, and image `index` of all that it decodes.
+    MOE_DEVICE u32* decode_done(u32 block) const {
+        return MOE_REGION(decode_done, 0, 4, local<u32>(p.off_decode_done) + block);
+    }
+    MOE_DEVICE u32* decoded_ready(u32 block) const {
+        return MOE_REGION(decoded_ready, 0, 4, local<u32>(p.off_decoded_ready) + block);
+    }
+    MOE_DEVICE u8* decoded(u32 index) const {
+        return MOE_REGION(decoded, 0, kFp8ImageCopyBytes, local<u8>(p.off_decoded) + u64(index) * kFp8ImagePitchBytes);
+    }
+
     MOE_DEVICE u32 n_blocks1() const { return p.intermediate / 128; }
     MOE_DEVICE u32 n_blocks2() const { return ceil_div(p.hidden, kNBlock); }
     MOE_DEVICE u32 num_experts() const { return p.num_local_experts * p.ep_size; }
 };
+
+// The rank's exchange warps share out slices, tokens, images to decode and combine items round robin, CTA
+// first.
+MOE_DEVICE u32 first_item(const Launch& l) { return (warp_id() - kExchangeWarp) * l.num_ctas + l.cta; }
+MOE_DEVICE u32 item_stride(const Launch& l) { return l.num_ctas * kExchangeWarps; }
 
 }  // namespace moe

@@ -6,16 +6,17 @@ All choices come from values that are equal on all ranks, or concern one rank al
 import math
 from typing import NamedTuple
 
-TILES = {"fp8": (8, 16, 32, 64, 128), "mxfp4": (8, 16, 32, 64, 96, 104)}
+TOKENS_ON_M = 128
+TILES = {"fp8": (8, 16, 32, 64, TOKENS_ON_M), "mxfp4": (8, 16, 32, 64, 96, 104, TOKENS_ON_M)}
 """Tokens of a tile that the kernel is built for, by weight format. Weights lie on the wgmma M side and tokens on N, but
-in tiles of TOKENS_ON_M. MXFP4 weights are decoded into registers, and only M may come from there; 112 tokens spill."""
+in tiles of TOKENS_ON_M. MXFP4 weights are decoded into registers, and only M may come from there (112 tokens spill);
+for TOKENS_ON_M they are decoded ahead, into FP8 images in the local workspace (csrc/gemm/decode_ahead.cuh)."""
 
-MANY_ROWS = {"fp8": 128, "mxfp4": 96}
-"""The tile where two of the largest do not hold an expert's rows. MXFP4: 96 tokens took 14 % less than 104 at 16384
-tokens, 32 experts of 4096/2048, topk 3, on one H100, and as much at 4096."""
+DECODE_AHEAD_ROWS = 600
+"""Rows wanted, of an expert, above which MXFP4 weights are decoded ahead. For fewer, the tiles in progress read more
+decoded weights than the L2 cache holds: HBM carries them twice (benchmarks/notes/0007)."""
 
 BLOCK_TOKENS = tuple(sorted(set().union(*TILES.values())))
-TOKENS_ON_M = 128
 COMBINE_STEP = 256
 """Columns that a warp sums at once."""
 
@@ -27,6 +28,7 @@ class Cut(NamedTuple):
     order_group: int
     order_lag: int
     prefetch_stages: int
+    decode_lag: int
     combine_columns: int
     combine_chunks: int
 
@@ -37,7 +39,14 @@ def cut_launch(config, ep_size: int, num_tokens_bound: int, num_warps: int) -> C
     block = choose_block_tokens(config, ep_size, num_tokens_bound)
     columns = combine_columns(config.hidden, num_tokens_bound, num_warps)
     stages = prefetch_stages(config, ep_size, num_tokens_bound)
-    return Cut(block, *tile_order(block), stages, columns, math.ceil(config.hidden / columns))
+    group, lag = tile_order(block)
+    decode_lag = math.ceil(2 * block * group * lag / rows_an_expert(config, ep_size, num_tokens_bound))
+    return Cut(block, group, lag, stages, decode_lag, columns, math.ceil(config.hidden / columns))
+
+
+def rows_an_expert(config, ep_size: int, num_tokens_bound: int) -> float:
+    """Rows of a routed expert on average."""
+    return max(num_tokens_bound, 1) * ep_size * config.topk / config.num_experts
 
 
 def rows_wanted(config, ep_size: int, num_tokens_bound: int) -> float:
@@ -45,7 +54,7 @@ def rows_wanted(config, ep_size: int, num_tokens_bound: int) -> float:
 
     A shared expert may have more, and take several blocks; its weights come from the L2 cache after the first, since
     blocks of one expert run together."""
-    rows = max(num_tokens_bound, 1) * ep_size * config.topk / config.num_experts
+    rows = rows_an_expert(config, ep_size, num_tokens_bound)
     return rows + 1.5 * math.sqrt(rows)
 
 
@@ -56,10 +65,15 @@ def choose_block_tokens(config, ep_size: int, num_tokens_bound: int) -> int:
     kernel are planned as FP8.
     """
     wanted = rows_wanted(config, ep_size, num_tokens_bound)
-    weight_format = config.weight_format if config.weight_format in TILES else "fp8"
-    tiles = TILES[weight_format]
-    beyond = MANY_ROWS[weight_format] if wanted > 2 * tiles[-1] else tiles[-1]
-    return next((block for block in tiles if block >= wanted), beyond)
+    tiles = TILES.get(config.weight_format, TILES["fp8"])
+    if decodes_ahead(config.weight_format, TOKENS_ON_M) and wanted <= DECODE_AHEAD_ROWS:
+        tiles = tiles[:-1]
+    return next((block for block in tiles if block >= wanted), tiles[-1])
+
+
+def decodes_ahead(weight_format: str, block_tokens: int) -> bool:
+    """The kernel of that tile first turns the weights into FP8 images in the local workspace."""
+    return weight_format == "mxfp4" and block_tokens == TOKENS_ON_M
 
 
 def reachable_tiles(config, ep_size: int, capacity: int) -> tuple[int, ...]:
@@ -88,7 +102,7 @@ def prefetch_stages(config, ep_size: int, num_tokens_bound: int) -> int:
     The guess is one token block an expert: most experts have a row, and few have more than a block. 8 stages of 132
     CTAs are 35 MB, what HBM brings in 12 us, and fit the L2 cache.
     """
-    rows = max(num_tokens_bound, 1) * ep_size * config.topk / config.num_experts
+    rows = rows_an_expert(config, ep_size, num_tokens_bound)
     return 8 if 1.2 <= rows <= BLOCK_TOKENS[-1] else 0
 
 

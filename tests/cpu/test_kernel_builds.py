@@ -12,6 +12,7 @@ import pytest
 from megamoe import MoEConfig, layout
 from megamoe.builds import DEBUG_SPILL_BYTES, KernelBuild, kernel_build, kernel_builds, kernel_key
 from megamoe.engine_fused import builds_of
+from megamoe.layout_header import render_header
 from megamoe.plan.tiles import TILES
 from megamoe.verbs import layout_main
 from megamoe_cuda.compile import CompiledKernel, compile_kernel, read_sources
@@ -129,7 +130,7 @@ def test_more_shared_memory_than_a_cta_has_does_not_compile(compiled):
 
 def test_generated_header_is_fresh():
     text = read_sources()["params.gen.cuh"]
-    assert text == layout.render_header(), "run: python -m megamoe layout --write-header"
+    assert text == render_header(), "run: python -m megamoe layout --write-header"
 
 
 def test_the_header_is_written_into_its_own_tree_only(monkeypatch, tmp_path, capsys):

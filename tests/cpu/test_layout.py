@@ -7,6 +7,7 @@ import re
 import pytest
 
 from megamoe import EPConfig, MoEConfig, layout, plan_memory
+from megamoe.layout_header import render_header
 from megamoe.plan import tiles
 from megamoe.testing.cases import CONFIGS
 
@@ -86,7 +87,7 @@ def test_every_flag_and_counter_is_cleared_by_reset(where):
 @pytest.mark.parametrize("struct", [layout.RankParams, layout.KernelParams, layout.KernelStatus])
 def test_structs_have_no_padding_and_stand_in_the_header(struct):
     """Without padding C++ and ctypes cannot lay them out differently; the header asserts every offset as well."""
-    header, end = layout.render_header(), 0
+    header, end = render_header(), 0
     for name, ctype in struct._fields_:
         assert getattr(struct, name).offset == end, name
         assert f"MOE_OFFSETOF({struct.__name__}, {name}) == {end})" in header

@@ -51,7 +51,7 @@ def block_rows(num_rows: list[int], block_tokens: int, device) -> tuple[Tensor, 
 def read_h(workspace: Workspace, rank: int, config: MoEConfig, block_tokens: int, places: Tensor, blocks: int):
     """The rows' h: images [block][k block], each block_tokens swizzled rows of 128 e4m3, then their scale factors.
 
-    For mxfp4 each 128 of a row is in the order of permute_k (csrc/gemm/mxfp4_decode.cuh)."""
+    Where codes are decoded in the K loop, each 128 of a row is in permute_k's order (csrc/gemm/mxfp4_decode.cuh)."""
     intermediate = config.intermediate
     region = next(r for r in workspace.fused.regions if r.name == "h")
     k_blocks, image_bytes = intermediate // 128, block_tokens * (128 + 4)
@@ -61,7 +61,7 @@ def read_h(workspace: Workspace, rank: int, config: MoEConfig, block_tokens: int
     row = torch.arange(block_tokens, device=local.device)[:, None]
     chunk = torch.arange(8, device=local.device)[None, :] ^ (row % 8)
     values = chunks[:, :, row, chunk].permute(0, 2, 1, 3, 4).reshape(blocks * block_tokens, intermediate)
-    if config.weight_format == "mxfp4":
+    if config.weight_format == "mxfp4" and not tiles.decodes_ahead("mxfp4", block_tokens):
         column = torch.arange(intermediate, device=local.device)
         values = values[:, column // 128 * 128 + column // 4 % 8 * 16 + column % 128 // 32 * 4 + column % 4]
     sf = images[..., block_tokens * 128 :].contiguous().view(torch.float32)

@@ -132,12 +132,12 @@ def test_loading_weights_again_under_a_captured_graph():
 
 
 def test_bounds_choose_other_tiles_in_one_workspace():
-    bounds = (9, 20, 44, 96, 140, 200)
+    bounds = (9, 20, 44, 96, 140, 200, 300)
     tiles = dict.fromkeys(choose_block_tokens(CONFIG, 1, bound) for bound in bounds)
     assert tuple(tiles) == TILES[CONFIG.weight_format]
     case = make_case(3, CONFIG, 1, 9, "uniform", "cuda")
-    full = make_case(4, CONFIG, 1, 200, "uniform", "cuda")._replace(weights=case.weights)
-    with Workspace(CONFIG, deadlines(200, 1), device="cuda") as workspace, MoELayer(CONFIG, workspace) as layer:
+    full = make_case(4, CONFIG, 1, 300, "uniform", "cuda")._replace(weights=case.weights)
+    with Workspace(CONFIG, deadlines(300, 1), device="cuda") as workspace, MoELayer(CONFIG, workspace) as layer:
         oracle.load(layer, case)
         for bound in (*bounds, *bounds[::-1], None):
             assert_right(case, oracle.run_layer(layer, case, bound))
