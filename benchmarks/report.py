@@ -7,8 +7,9 @@
 
 The markers are lines of their own: <!-- results:begin --> and <!-- results:end -->. Where <!-- scaling:begin --> and
 <!-- scaling:end --> are there too, scaling.py's tables (results/scaling/*.jsonl) go between them, with a plot; between
-<!-- replicas:begin --> and <!-- replicas:end --> those of replicas.py (results/replicas/*.jsonl). In the guide, between
-<!-- in_model:begin --> and <!-- in_model:end -->, those of in_model.py (results/in_model/*.jsonl).
+<!-- replicas:begin --> and <!-- replicas:end --> those of replicas.py (results/replicas/*.jsonl); between
+<!-- prediction:begin --> and <!-- prediction:end --> the planner's fit to these times and its error. In the guide,
+between <!-- in_model:begin --> and <!-- in_model:end -->, those of in_model.py (results/in_model/*.jsonl).
 A cell is the median over the runs of the newest commit that measured it; two or more also show lowest and highest.
 results/prove/README.md is written too, from what launch/prove.py left there.
 results/times.png is drawn where matplotlib is installed, and shown while it is the picture of these results.
@@ -27,10 +28,13 @@ from benchmarks import in_model_report, picture, prove_report, replicas_report, 
 from benchmarks.cases import load_cases  # noqa: E402
 from benchmarks.overview import MAIN_LINE, against_bar, bar_of, is_main, median_us, overview_of, plain  # noqa: E402
 from benchmarks.results import RESULTS_DIR, read_results  # noqa: E402
+from megamoe.plan.predict import MIN_CALLS, fit_measured, read_measured  # noqa: E402
+from megamoe.plan.report import fit_text  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SCALING = "<!-- scaling:begin -->", "<!-- scaling:end -->"
 REPLICAS = "<!-- replicas:begin -->", "<!-- replicas:end -->"
+PREDICTION = "<!-- prediction:begin -->", "<!-- prediction:end -->"
 IN_MODEL = "<!-- in_model:begin -->", "<!-- in_model:end -->"
 README, GUIDE = ROOT / "README.md", ROOT / "megamoe/integrations/GUIDE.md"
 MAIN_GPUS = 2
@@ -302,6 +306,14 @@ def render_scaling(directory: Path, readme: Path, draw: bool) -> str:
     return block
 
 
+def render_prediction(directory: Path) -> str:
+    """The planner's fit to results/*.jsonl with its error, also on those of results/scaling, as text in Markdown."""
+    fitted, checked = (read_measured(sorted(folder.glob("*.jsonl"))) for folder in (directory, directory / "scaling"))
+    if len(fitted) < MIN_CALLS:
+        return EMPTY
+    return f"```text\n{fit_text(fit_measured(fitted), fitted, checked)}\n```"
+
+
 def main(argv: list[str] | None = None) -> int:
     doc = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
@@ -331,6 +343,8 @@ def main(argv: list[str] | None = None) -> int:
             after = splice(after, render_scaling(args.results / "scaling", args.readme, not args.check), *SCALING)
         if REPLICAS[0] in before:
             after = splice(after, replicas_report.markdown(read_results(args.results / "replicas")), *REPLICAS)
+        if PREDICTION[0] in before:
+            after = splice(after, render_prediction(args.results), *PREDICTION)
         texts[file] = before, after
         if guide:
             file, before = guide, guide.read_text()

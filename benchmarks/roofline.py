@@ -14,11 +14,11 @@ from math import comb
 
 import torch
 
+from megamoe.plan.predict import FP8_ROW_BYTES, row_bytes, row_flop, token_bytes
+
 BLOCK = 128
 # e4m3 with one fp32 scale per 128x128 block; e2m1 with one byte of scale per 32
 WEIGHT_BYTES = {"fp8": 1 + 4 / (BLOCK * BLOCK), "mxfp4": 1 / 2 + 1 / 32}
-# e4m3 with one fp32 scale per 128 of a row
-ACTIVATION_BYTES = 1 + 4 / BLOCK
 # activations below this are taken to stay in the 50 MB L2 beside the streaming weights
 L2_KEEP_BYTES = 25e6
 
@@ -72,15 +72,11 @@ def count_work(case, topk_idx: list[torch.Tensor], num_gpus: int) -> Work:
             active[other].update(idx[here].unique().tolist())
             if other != gpu:
                 crossing = int(here.any(dim=-1).sum()) if idx.shape[0] else 0
-                egress[gpu] += crossing * case.hidden * ACTIVATION_BYTES
+                egress[gpu] += crossing * case.hidden * FP8_ROW_BYTES
                 egress[other] += crossing * case.hidden * 2
     expert_bytes = 3 * case.hidden * case.intermediate * WEIGHT_BYTES[case.weight_format]
-    pair_flops = 6 * case.hidden * case.intermediate
-    # a pair's FP8 row and its requantized row are written and read once each, so is the bf16 row that returns;
-    # a token's own input is read and its output written once
-    pair_bytes = 2 * (case.hidden + case.intermediate) * ACTIVATION_BYTES + 2 * 2 * case.hidden
-    token_bytes = case.hidden * ACTIVATION_BYTES + 2 * case.hidden
-    activations = max(p * pair_bytes + t * token_bytes for p, t in zip(pairs, tokens))
+    pair_flops, pair_bytes = (of_row(case.hidden, case.intermediate) for of_row in (row_flop, row_bytes))
+    activations = max(p * pair_bytes + t * token_bytes(case.hidden) for p, t in zip(pairs, tokens))
     return Work(
         flops=sum(pairs) * pair_flops / num_gpus,
         flops_busiest=max(pairs) * pair_flops,

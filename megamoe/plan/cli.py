@@ -14,7 +14,7 @@ from .load import GENERATORS, balancedness
 from .planner import plan_experts, update_plan
 from .predict import fit_measured, read_measured
 from .relabel import relabel
-from .report import draw, even_plan, make_load, picture, table
+from .report import draw, even_plan, fit_text, make_load, picture, table
 from .show import promises
 from .simulate import predict, replay, token_nodes
 
@@ -48,7 +48,8 @@ def build_parser():
                         "its tokens, and predict layer times for 8 to 512 ranks")
     parser.add_argument("--window", type=int, default=4, help="steps that a plan of --simulate is made from, and used")
     parser.add_argument("--measured", nargs="+", default=None, metavar="JSONL", help="calls to fit the times of "
-                        "--simulate and --phase decode to; default: benchmarks/results/*.jsonl of this checkout")
+                        "--simulate and --phase decode to; default: benchmarks/results/*.jsonl of this checkout, and "
+                        "results/scaling/*.jsonl to check the fit with")
     parser.add_argument("--hidden", type=int, default=4096, help="of the predicted layer")
     parser.add_argument("--intermediate", type=int, default=2048, help="of the predicted layer")
     parser.add_argument("--topk", type=int, default=6, help="of the predicted layer")
@@ -182,12 +183,12 @@ def _plan(args):
     return 0
 
 
-def _model(args):
-    paths = args.measured
-    if paths is None:
-        paths = sorted((CHECKOUT / "benchmarks" / "results").glob("*.jsonl"))
-    rows = read_measured(paths)
-    return rows, *fit_measured(rows)
+def _measured(args):
+    """(calls to fit, calls to check the fit with)."""
+    if args.measured is not None:
+        return read_measured(args.measured), []
+    results = CHECKOUT / "benchmarks" / "results"
+    return tuple(read_measured(sorted(folder.glob("*.jsonl"))) for folder in (results, results / "scaling"))
 
 
 def _cost(args):
@@ -195,7 +196,7 @@ def _cost(args):
         return CostModel(*args.cost)
     if args.phase == "prefill":
         return None
-    _, model, _ = _model(args)
+    model = fit_measured(_measured(args)[0])
     return model.cost(args.hidden, args.intermediate, args.tokens[0] * args.topk * args.ranks)
 
 
@@ -209,13 +210,10 @@ def _simulate(args, load, plan):
     for name in [name for name in arrays if name.startswith("prefill_")]:
         chosen, first = token_nodes(arrays[name][0].astype(np.int64), plan)
         print(f"nodes a token of {name}, layer 0: {chosen:.2f} with balanced copies, {first:.2f} with first copies")
-    measured, model, error = _model(args)
-    ranks = sorted({f"EP{row['ep_size']}" + (" virtual" if row.get("virtual_ranks") else "") for row in measured})
+    fitted, checked = _measured(args)
+    model = fit_measured(fitted)
     print(f"\npredicted us of a layer {args.hidden}/{args.intermediate}, top {args.topk}, experts as popular as these"
-          f"\nfit: {model.overhead_us:.1f} us + ((bytes / {model.weight_tbs:.2f} TB/s)^p + (FLOP / {model.tflops:.0f} "
-          f"TFLOPS)^p)^(1/p), p = {model.p:.2f}; {len(measured)} measured calls of {', '.join(ranks)}, error rms "
-          f"{np.sqrt((error**2).mean()):.1%}, worst {error[np.abs(error).argmax()]:+.1%}; more ranks than measured are "
-          f"taken to cost no more for their links")
+          f"\nmore ranks than measured are taken to cost no more for their links\n{fit_text(model, fitted, checked)}\n")
     for tokens in args.tokens:
         print(f"{tokens} tokens a rank")
         print(table(predict(load, model, hidden=args.hidden, intermediate=args.intermediate, topk=args.topk,

@@ -5,6 +5,7 @@ import numpy as np
 
 from .load import count_load, drift, popularity, sample_topk
 from .plan import ExpertPlan, invert
+from .predict import error_by_kind
 from .split import even_split
 
 # (logical experts, redundant experts, ranks) of the published comparisons; topk 8, 16384 tokens a layer.
@@ -45,6 +46,13 @@ def table(rows):
     text = [names] + [[_cell(row.get(name, "-")) for name in names] for row in rows]
     width = [max(len(line[i]) for line in text) for i in range(len(names))]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, width, strict=True)) for line in text)
+
+
+def fit_text(model, fitted, checked=()):
+    """The fitted LayerTime and its error by kind of call (predict.error_by_kind), as text."""
+    return (f"fit: {model.overhead_us:.1f} us + ((bytes / {model.weight_tbs:.2f} TB/s)^p + (FLOP / {model.tflops:.0f} "
+            f"TFLOPS)^p)^(1/p), p = {model.p:.2f}; predicted / measured - 1:\n"
+            + table(error_by_kind(model, fitted, checked)))
 
 
 def picture(before, after, *, width=40):
