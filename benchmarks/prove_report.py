@@ -15,7 +15,8 @@ def page(folder: Path) -> str:
     """The whole file; the same files give the same text. ValueError if a file does not parse."""
     path = folder / "summary.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    parts = [HEAD, _steps(rows), _suppressed(rows), _doctor(rows), _faults(folder, rows), _traces(rows)]
+    parts = [HEAD, _steps(rows), _suppressed(rows), _explained(rows), _doctor(rows), _faults(folder, rows),
+             _traces(rows)]  # fmt: skip
     return "\n".join(filter(None, parts)) if rows else f"{HEAD}\n{EMPTY}"
 
 
@@ -49,7 +50,9 @@ def _counted(row: dict) -> str:
     if "faults" in row:
         return ", ".join(f"{count} {word}" for word, count in row["faults"].items())
     if "findings" in row:
-        return f"{row['findings']} findings"
+        hazards = [count for order in row.get("explained", {}).values() for count in order["pairs"].values()]
+        explained = f", {len(hazards)} pairs explained ({sum(hazards)} hazards)" if hazards else ""
+        return f"{row['findings']} findings{explained}"
     if "total_us" in row:
         return f"{row['total_us']:.0f} us"
     found = row.get("counted", {})
@@ -65,6 +68,21 @@ def _counted(row: dict) -> str:
 def _suppressed(rows: list[dict]) -> str:
     found = {option: why for row in rows for option, why in row.get("suppressed", {}).items()}
     return "".join(f"The sanitizers run with `{option}`: {why}.\n" for option, why in found.items())
+
+
+def _explained(rows: list[dict]) -> str:
+    """What a step's tool called a race and launch/sanitizers.py (EXPLAINED) has a reason for."""
+    out = []
+    for row in (row for row in rows if row.get("explained")):
+        out += [f"### {row['step']}: explained\n",
+                "Pairs of functions whose accesses the tool calls a race, and the order that holds between them.\n",
+                "| order | why it holds, and why the tool does not see it | writer and reader: hazards |",
+                "|--|--|--|"]  # fmt: skip
+        for name, order in row["explained"].items():
+            pairs = "<br>".join(f"`{pair}`: {count}" for pair, count in sorted(order["pairs"].items()))
+            out.append(f"| {name} | {order['reason']} | {pairs} |")
+        out.append("")
+    return "\n".join(out)
 
 
 def _doctor(rows: list[dict]) -> str:

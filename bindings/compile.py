@@ -83,7 +83,8 @@ def compile_kernel(
     """Compiles `source_name`, or takes the result of an earlier compilation of the same text by the same compiler.
 
     source_name: path relative to csrc, e.g. "mega_moe.cu". entry: the kernel's extern "C" name.
-    defines: -Dname=value in the order of their names; a bool becomes 0 or 1. lineinfo: source lines in profilers.
+    defines: -Dname=value in the order of their names; a bool becomes 0 or 1. lineinfo: source lines for
+    profilers and sanitizers, in names with the working directory before them; the instructions stay the same.
     options: further NVRTC options. sources: name -> text, instead of the shipped csrc.
     cache_dir: default $MEGAMOE_CACHE_DIR, else ~/.cache/megamoe. verbose: one line to stderr (also with MEGAMOE_DEBUG
     >= 1; the whole log from 2 on).

@@ -31,18 +31,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import sanitizers  # beside this file
+
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "prove"
 CASE = str(ROOT / "tests" / "gpu" / "memcheck_case.py")
-# Of compute-sanitizer: tool -> arguments of the case. Races and initialisation are looked for inside one rank: across
-# ranks, memory is shared by design and ordered by system-scope accesses, which racecheck does not follow.
-SANITIZER = {"memcheck": ["--ranks", "2"], "synccheck": ["--ranks", "2"], "racecheck": ["--ranks", "1"],
-             "initcheck": ["--ranks", "1"]}  # fmt: skip
-# Every option that keeps a finding from being reported, and why.
-SUPPRESSED = {
-    "--report-api-errors no": "cuda-bindings asks the driver for the address of every function it knows; one that this "
-    "driver lacks would be reported as an error of the program",
-}
 TRACES = (8, 512, 8192)
 LEAVES = "a rank (dies|closes)"  # faults of two GPUs whose ranks are processes of their own
 SHARE = 2  # steps that time nothing, on one GPU
@@ -50,7 +43,8 @@ SHARE = 2  # steps that time nothing, on one GPU
 
 class Step(NamedTuple):
     """gpus: as many, named to it by CUDA_VISIBLE_DEVICES; alone: no other step on them. expected_s: about so long, for
-    the order. missing: why it cannot run. facts(output) -> fields of its row, with "ok" False if the output says so.
+    the order. missing: why it cannot run. facts(output) -> fields of its row, with "ok" False if the output says so,
+    and with "output" where a failure leaves more to keep than the last lines.
     files: what it leaves in the folder that is worth keeping. variables: of its environment."""
 
     name: str
@@ -214,9 +208,10 @@ class Runner:
                 found = step.facts(output) if step.facts else {}
             except (OSError, ValueError) as error:
                 found = {"ok": False, "unread": f"{type(error).__name__}: {error}"}
+            kept = found.pop("output", "")
             row |= found | {"ok": row["ok"] and found.get("ok", True)}
             if not row["ok"]:
-                row["output"] = output[-4000:]
+                row["output"] = f"{kept}\n\n{output[-1000:]}" if kept else output[-4000:]
         row["files"] = [name for name in step.files if not step.missing and (self.folder / name).exists()]
         row |= self.facts | {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
         mark = {True: "ok", False: "WRONG", None: "not run"}[row["ok"]]
@@ -225,18 +220,10 @@ class Runner:
             write_rows(self.folder, merged(read_rows(self.folder), row))
             print(f"{mark:<8} {step.name:<28} {row.get('seconds', 0):7.1f} s  {row.get('reason', '')}", flush=True)
             if row["ok"] is False:
-                print(output[-1500:], flush=True)
+                print(row["output"][-4000:], flush=True)
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
-
-
-def sanitizer_facts(output: str) -> dict:
-    """Errors and warnings as the tool counts them: 0 expected."""
-    found = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazards? displayed)", output)
-    errors = [int(a or b) for a, b in found]
-    return {"findings": sum(errors) if errors else None, "suppressed": SUPPRESSED,
-            "ok": bool(errors) and not any(errors)}  # fmt: skip
 
 
 def ranks_of_two(*command: str) -> list[str]:
@@ -293,10 +280,16 @@ def steps(folder: Path, seconds: float, seed: str, gpus: int, device: str) -> li
 
     sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
     no_tool = no_gpu or (None if sanitizer else "compute-sanitizer is not on PATH (CUDA toolkit's bin)")
-    options = ["--error-exitcode", "1", *(word for option in SUPPRESSED for word in option.split())]
-    run = [sanitizer or "compute-sanitizer", "--tool"]
-    checks = [Step(f"sanitizer {tool}", [*run, tool, *options, python, CASE, *more], expected_s=50, missing=no_tool,
-                   facts=sanitizer_facts) for tool, more in SANITIZER.items()]  # fmt: skip
+    options = [word for option in sanitizers.SUPPRESSED for word in option.split()]
+
+    def check(tool: str, more: list[str]) -> Step:
+        # racecheck's findings are those of its facts, which know the explained ones
+        races, status = tool == "racecheck", ["--error-exitcode", "1"]
+        command = [sanitizer or "compute-sanitizer", "--tool", tool, *([] if races else status), *options, python, CASE]
+        return Step(f"sanitizer {tool}", [*command, *more], expected_s=50, missing=no_tool,
+                    facts=sanitizers.race_facts if races else sanitizers.facts)  # fmt: skip
+
+    checks = [check(tool, more) for tool, more in sanitizers.CASE_ARGUMENTS.items()]
     soak = ["-m", "megamoe.testing.soak", "--device", "cuda", "--minutes", minutes, "--state"]
     alone, ranks = soak_state(folder, "virtual", device), soak_state(folder, "ranks", device)
     of_rank = [f"{Path(ranks).stem}.rank{rank}.json" for rank in range(2)]

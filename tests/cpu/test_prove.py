@@ -19,7 +19,9 @@ FACTS = {"commit": "a" * 40, "dirty": False, "device": "CPU", "num_gpus": 0, "dr
 def prove():
     spec = importlib.util.spec_from_file_location("prove", ROOT / "launch" / "prove.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "launch")  # as for python launch/prove.py
+        spec.loader.exec_module(module)
     return module
 
 
@@ -72,12 +74,16 @@ def test_rows_say_what_was_run_and_what_became_of_it(prove, tmp_path):
     runner.run(prove.Step("seen", python("import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"),
                           facts=lambda output: {"said": [output.strip()]}), ["3", "5"])  # fmt: skip
     runner.run(prove.Step("absent", python("pass"), missing="no GPU"), [])
+    runner.run(prove.Step("reports", python("print('x' * 9000)"),
+                          facts=lambda _: {"ok": False, "output": "the report"}), [])  # fmt: skip
     rows = {row["step"]: row for row in prove.read_rows(tmp_path)}
     assert rows["good"]["ok"] and rows["good"]["findings"] == 7 and rows["good"]["files"] == ["kept.json"]
     assert rows["good"]["commit"] == FACTS["commit"] and rows["good"]["command"].startswith("python")
     assert rows["bad"]["ok"] is False and rows["bad"]["status"] == 3 and runner.failed
     assert rows["long"]["ok"] is False and rows["long"]["status"] == "ended after 2 s" and rows["long"]["seconds"] < 20
     assert rows["unread"]["ok"] is False and "JSONDecodeError" in rows["unread"]["unread"]
+    assert rows["reports"]["ok"] is False and rows["reports"]["output"].startswith("the report\n")
+    assert "output" not in rows["good"] and len(rows["reports"]["output"]) < 1100
     assert rows["seen"]["said"] == ["3,5"] and rows["absent"]["ok"] is None
 
 
@@ -115,6 +121,15 @@ def test_every_step_says_not_run_without_a_gpu(prove, tmp_path):
         assert all(name.startswith("sanitizer") or gpus == 1 for name in missing)
 
 
+def test_only_racechecks_findings_are_told_by_its_reports(prove, tmp_path):
+    checks = {step.name.split()[1]: step for step in prove.steps(tmp_path, 1.0, "1", 0, "CPU") if "sanit" in step.name}
+    assert set(checks) == {"memcheck", "synccheck", "racecheck", "initcheck"}
+    for tool, step in checks.items():
+        assert ("--error-exitcode" in step.command) == (tool != "racecheck")
+        assert ("--lineinfo" in step.command) == (tool == "racecheck") == (step.facts("") != prove.sanitizers.facts(""))
+        assert step.facts("")["ok"] is False and step.facts("")["findings"] is None
+
+
 def test_the_page_shows_every_row(tmp_path, prove):
     fault = {"side": "host", "fault": "a rank | late", "step": "dispatch", "said": {"0": "late", "1": "late"},
              "seconds": 1.5, "ok": True, "problem": ""}  # fmt: skip
@@ -125,12 +140,17 @@ def test_the_page_shows_every_row(tmp_path, prove):
     prove.write_rows(folder, [
         row("faults, host", True, "2026-01-02", faults={"ok": 1, "wrong": 0}, files=["faults-host.jsonl"], seconds=2.0),
         row("sanitizer memcheck", True, "2026-01-02", findings=0, suppressed={"--some option": "a reason"}),
+        row("sanitizer racecheck", True, "2026-01-02", findings=0, explained={
+            "an order": {"reason": "by a flag", "pairs": {"a:f and b:g": 7, "a:f and b:h": 5}}}),
         row("soak", True, "2026-01-02", counted=soak), row("fuzz", None, "2026-01-02", reason="no GPU"),
         row("trace-8", True, "2026-01-02", total_us=123.4, exposed_us={"tensor": 7.0}, case="a case",
             files=["trace-8.png"]),
     ])  # fmt: skip
     text = prove_report.page(folder)
-    for said in ("| 0, 1: late |", "0 findings", "`--some option`: a reason", "5 calls, 2 of them replays", "no GPU",
+    for said in ("| 0, 1: late |", "0 findings", "`--some option`: a reason",
+                 "0 findings, 2 pairs explained (12 hazards)", "### sanitizer racecheck: explained",
+                 "| an order | by a flag | `a:f and b:g`: 7<br>`a:f and b:h`: 5 |",
+                 "5 calls, 2 of them replays", "no GPU",
                  "![trace-8](trace-8.png)", "| 8 | 123.4 | 7.0 |", "1 ok, 0 wrong", "a" * 12 + ", 2026-01-02"):
         assert said in text, said
     readme = tmp_path / "README.md"

@@ -5,9 +5,12 @@ error. launch/prove.py runs it under all four tools:
 
 --ranks virtual ranks (default 2), both orientations, the routing table counted by one CTA and by the grid, partial
 blocks, odd hidden, a rank without tokens, capture and replay. Deadlines are long, since every access is instrumented.
+--runs of each tile size (default 2): one is enough for racecheck, which takes the longest and looks inside a launch.
+--lineinfo: reports name the source's lines.
 """
 
 import argparse
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -22,11 +25,25 @@ def use_checkout() -> None:
     sys.path[:0] = [str(link.link_packages()), str(ROOT)]
 
 
+def use_line_info() -> None:
+    """For all kernels that workspaces of this process compile. Their instructions stay the same."""
+    from megamoe import engine_fused
+
+    engine_fused.compile_kernel = functools.partial(engine_fused.compile_kernel, lineinfo=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, default=2, help="default %(default)s")
-    ranks = parser.parse_args().ranks
+    parser.add_argument("--runs", type=int, default=2, help="of each tile size; default %(default)s")
+    parser.add_argument("--lineinfo", action="store_true")
+    given = parser.parse_args()
+    ranks = given.ranks
+    if given.runs < 1:
+        parser.error(f"--runs {given.runs}: at least 1, or nothing is checked")
     use_checkout()
+    if given.lineinfo:
+        use_line_info()
     import torch
 
     from megamoe import EPConfig, MoEConfig, MoELayer, Workspace
@@ -48,7 +65,7 @@ def main() -> int:
                 num_tokens = [bound, 0 if number % 2 else bound // 3][:ranks] + [1] * (ranks - 2)
                 case = make_case(1, config, ranks, num_tokens, "holes", "cuda", prequantized=number % 2 == 0)
                 oracle.load(layer, case)
-                for _ in range(2):
+                for _ in range(given.runs):
                     outs = oracle.run_layer(layer, case, bound)
                     torch.cuda.synchronize()
                     layer.check()
