@@ -12,11 +12,13 @@ Parts, by --parts (default: all):
               quantization in plain torch, is the floor. What the kernel cannot do runs as the bf16 specification,
               and its row says so
     overhead  what an eager call costs the host, argument checks included (GPU only)
+    text      a model trained on the standard library for --seconds continues eight prompts greedily: eager, steps.py,
+              one rank, all ranks; where texts differ, by how little (in_model_text.py). Not among the default parts
     block     router and experts of one Qwen3-MoE block at 1, 8 and 64 tokens: megamoe beside transformers' `eager`,
               `grouped_mm` and `batched_mm`; eager, compiled and graph-captured
 
-Exit status: 0 when the logits held their gate and every block of megamoe ran, else 1. What another implementation
-cannot run is a row with its reason.
+Exit status: 0 when logits and texts held their gates and every block of megamoe ran, else 1. What another
+implementation cannot run is a row with its reason.
 """
 
 import argparse
@@ -231,17 +233,22 @@ def line(row: dict) -> str:
                 f"KL {row['served_kl']:.2e} (floor {row['floor_kl']:.2e}), top-1 {row['served_top1']:.2%} "
                 f"(floor {row['floor_top1']:.2%}), rel L2 {row['served_rel_l2']:.2e} (floor "
                 f"{row['floor_rel_l2']:.2e}), {row['positions']} positions; kernel {row['kernel']}")  # fmt: skip
-    what = (
-        "overhead"
-        if row["part"] == "overhead"
-        else f"block   {row['batch']:>3} {row['implementation']:<11}{row['mode']:<9}"
-    )
+    what = row["part"]
+    if row["part"] == "block":
+        what = f"block   {row['batch']:>3} {row['implementation']:<11}{row['mode']:<9}"
     for kind in ("not_run", "failed"):
         if kind in row:
             return f"{what} {kind.replace('_', ' ')}: {row[kind]}"
     if row["part"] == "overhead":
         return (f"{what} {row['us_per_call']:9.1f} us of the host a call, {row['forward_us']:.1f} of layer.forward, "
                 f"{row['launch_us']:.1f} of them the launch; {row['gpu_us']:.1f} us on the GPU")  # fmt: skip
+    if row["part"] == "text":
+        same = ", ".join(f"{count} as {name}" for name, count in row["same"].items())
+        gaps = [fork["gap"] for fork in row["forks"]]
+        return (f"text    {row['weight_format']:<6}{'ok' if row['ok'] else 'WRONG':<6} ranks {row['ranks']}: of "
+                f"{row['prompts']} texts {same}; largest gap at a fork {max(gaps, default=0):.2e}, allowed "
+                f"{row['max_gap']:.2e}; logits off by {row['errors']['eager']:.2e} (floor {row['floor_error']:.2e}); "
+                f"{row['bits_per_byte']:.2f} bits per byte: {row['example']!r}")  # fmt: skip
     return f"{what} {row['us']:9.1f} us ({row['experts']})"
 
 
@@ -253,6 +260,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--positions", type=int, help="over all ranks; default 4096, on a CPU 64")
     parser.add_argument("--sequence", type=int, help="tokens a forward; default 512, on a CPU 32")
     parser.add_argument("--batches", default="1,8,64", help="tokens of the block")
+    parser.add_argument("--seconds", type=float, help="of the text model's training; default 40, on a CPU 3")
+    parser.add_argument("--bytes", type=int, default=128, help="that the text model adds to each prompt")
+    parser.add_argument("--model", type=Path, help="folder to train the text model into; one that is there is used")
     parser.add_argument("--json", type=Path, help="file to append one JSON object a row to")
     parser.add_argument("--results", type=Path, nargs="?", const=IN_MODEL_DIR, metavar="DIR",
                         help=f"append the rows that did not fail (default: results/{IN_MODEL_DIR.name})")  # fmt: skip
@@ -290,6 +300,12 @@ def main(argv: list[str] | None = None) -> int:
                 tell(row)
     if "overhead" in parts:
         tell(overhead_row(device))
+    if "text" in parts:
+        from benchmarks.in_model_text import text_rows
+
+        seconds = given.seconds or (40 if on_cuda else 3)
+        for row in text_rows(given.formats.split(","), device, seconds, given.bytes, given.model):
+            tell(row)
     if "block" in parts:
         batches = [int(batch) for batch in given.batches.split(",")]
         for row in block_rows(device, batches, BLOCK_SIZES if on_cuda else SMALL_BLOCK):

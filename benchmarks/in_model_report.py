@@ -1,4 +1,5 @@
-"""Tables of in_model.py's rows (results/in_model/*.jsonl): logits, the host's part of a call, a block. No torch."""
+"""Tables of in_model.py's rows (results/in_model/*.jsonl): logits, texts, the host's part of a call, a block. No
+torch."""
 
 import statistics
 
@@ -9,11 +10,12 @@ ERRORS = (("kl", ".2e"), ("top1", ".2%"), ("rel_l2", ".2e"))
 
 
 def markdown(rows: list[dict]) -> str:
-    """Three tables for each kind of GPU, whatever their number; a cell: median of its newest commit's rows."""
+    """Four tables for each kind of GPU, whatever their number; a cell: median of its newest commit's rows."""
     out = []
     for device in sorted({row["device"] for row in rows}):
         of_device = [row for row in rows if row["device"] == device]
-        for title, table in (("Logits", _logits), ("An eager call on the host", _overhead), ("One block", _block)):
+        for title, table in (("Logits", _logits), ("Text of a trained model", _text),
+                             ("An eager call on the host", _overhead), ("One block", _block)):  # fmt: skip
             cells = _cells([row for row in of_device if row["part"] == table.__name__[1:]])
             if text := table(cells):
                 out.append(f"**{title}**, {device}\n\n{text}\n\n{_certificate(cells)}\n")
@@ -45,6 +47,22 @@ def _logits(cells: dict) -> str:
         out.append("| " + " | ".join([row["family"], row["weight_format"], str(row["ranks"]), str(row["positions"]),
                                       *errors, row["kernel"]]) + " |")  # fmt: skip
     return "\n".join(out) if cells else ""
+
+
+def _text(cells: dict) -> str:
+    heads = "texts the same as: | experts | ranks | eager's | steps.py's | one rank's | logits off / floor"
+    out = [f"| {heads} | largest gap at a fork / allowed | bits per byte |", "|--" * 8 + "|"]
+    for found in cells.values():
+        if ran := [row for row in found if "same" in row]:
+            row = max(ran, key=lambda row: row["date"])
+            same = (f"{row['same'][name]} of {row['prompts']}" if name in row["same"] else "-"
+                    for name in ("eager", "steps.py", "one rank"))  # fmt: skip
+            gap = f"{max(fork['gap'] for fork in row['forks']):.2e}" if row["forks"] else "no fork"
+            texts = [f"{row['bytes']} bytes", row["weight_format"], str(row["ranks"]), *same,
+                     f"{row['errors']['eager']:.2e} / {row['floor_error']:.2e}", f"{gap} / {row['max_gap']:.2e}",
+                     f"{row['bits_per_byte']:.2f}"]  # fmt: skip
+            out.append("| " + " | ".join(texts) + " |")
+    return "\n".join(out) if len(out) > 2 else ""
 
 
 def _overhead(cells: dict) -> str:

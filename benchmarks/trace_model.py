@@ -18,6 +18,8 @@ import math
 import platform
 import sysconfig
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,23 @@ def _docstrings(data: bytes) -> list[bytes]:
     return [text.encode() for text in found if text and len(text) > 80]
 
 
+def padded_experts(x: Tensor, idx: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """SwiGLU experts with gradients: x [n, width], idx and weights [n, topk], up [experts, width, 2 * inner], gate then
+    up, down [experts, inner, width] -> [n, width]. Every expert's rows are padded to the fullest one's: none is
+    dropped, so the routing is the model's own."""
+    topk = idx.shape[1]
+    count = torch.bincount(idx.flatten(), minlength=len(up))
+    order = idx.flatten().argsort(stable=True)
+    expert = idx.flatten()[order]
+    place = torch.arange(len(order), device=x.device) - (count.cumsum(0) - count)[expert]
+    rows = x.new_zeros(len(up), int(count.max()), x.shape[1])
+    rows[expert, place] = x[order // topk]
+    gate, value = (rows @ up).chunk(2, -1)
+    rows = (F.silu(gate) * value) @ down
+    picked = rows[expert, place] * weights.flatten()[order, None]
+    return torch.zeros_like(x).index_add_(0, order // topk, picked)
+
+
 class Experts(nn.Module):
     """Router and SwiGLU experts. forward: [n, width] -> [n, width]; keeps topk_idx and the load-balancing loss."""
 
@@ -86,16 +105,7 @@ class Experts(nn.Module):
         count = torch.bincount(idx.flatten(), minlength=self.experts)
         # Fedus et al., Switch Transformers (arXiv 2101.03961), eq. 4
         self.balance = self.experts * (scores.mean(0) * count / (n * self.topk)).sum()
-        # Every expert's rows padded to the fullest one's: nothing is dropped, so the routing is the model's own
-        order = idx.flatten().argsort(stable=True)
-        expert = idx.flatten()[order]
-        place = torch.arange(len(order), device=x.device) - (count.cumsum(0) - count)[expert]
-        rows = x.new_zeros(self.experts, int(count.max()), x.shape[1])
-        rows[expert, place] = x[order // self.topk]
-        gate, up = (rows @ self.up.to(x.dtype)).chunk(2, -1)
-        rows = (F.silu(gate) * up) @ self.down.to(x.dtype)
-        picked = rows[expert, place] * weights.flatten()[order, None]
-        return torch.zeros_like(x).index_add_(0, order // self.topk, picked)
+        return padded_experts(x, idx, weights, self.up.to(x.dtype), self.down.to(x.dtype))
 
 
 class Block(nn.Module):
@@ -140,33 +150,38 @@ class Model(nn.Module):
         return torch.stack([block.moe.topk_idx for block in self.blocks]).to(torch.uint8).cpu().numpy()
 
 
-def train(model: Model, texts: dict[str, bytes], seconds: float, batch: int, device) -> list[float]:
-    """Mix the kinds evenly; a cosine over the time given. Returns bits per byte at every hundredth."""
+def train(loss_of: Callable, parameters: list, texts: dict[str, bytes], seconds: float, batch: int, context: int,
+          device: torch.device) -> list[float]:  # fmt: skip
+    """Mix the kinds evenly; a cosine over the time given. loss_of: int64 [batch, context + 1] -> (cross entropy, what
+    else to minimize). Returns bits per byte at every hundredth."""
     data = [torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device) for text in texts.values()]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05)
     generator = torch.Generator(device=device).manual_seed(0)
-    begin, losses, span = time.monotonic(), [], torch.arange(model.context + 1, device=device)
+    begin, losses, span = time.monotonic(), [], torch.arange(context + 1, device=device)
     while (part := (time.monotonic() - begin) / seconds) < 1:
         rows = []
         for one in data:
             at = torch.randint(len(one) - len(span), (batch // len(data), 1), generator=generator, device=device)
             rows.append(one[at + span])
-        x = torch.cat(rows).long()
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1, part * 30) * (0.55 + 0.45 * math.cos(math.pi * part))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(x[:, :-1])
-        loss = F.cross_entropy(logits.float().flatten(0, 1), x[:, 1:].flatten())
-        total = loss + 0.01 * sum(block.moe.balance for block in model.blocks) / len(model.blocks)
+        loss, more = loss_of(torch.cat(rows).long())
         optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        (loss + more).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if len(losses) <= part * 100:
             losses.append(float(loss.detach()) / math.log(2))
             if len(losses) % 10 == 1:
                 print(f"{part:4.0%}  {losses[-1]:.3f} bits per byte", flush=True)
     return losses
+
+
+def loss_of(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        logits = model(x[:, :-1])
+    loss = F.cross_entropy(logits.float().flatten(0, 1), x[:, 1:].flatten())
+    return loss, 0.01 * sum(block.moe.balance for block in model.blocks) / len(model.blocks)
 
 
 @torch.no_grad()
@@ -236,7 +251,8 @@ def main(argv: list[str] | None = None) -> None:
     idle = given.layers * (given.experts - given.topk) * 3 * given.width * given.inner
     sizes = ", ".join(f"{kind} {len(text) / 2**20:.1f} MiB" for kind, text in texts.items())
     print(f"{total / 1e6:.1f} M parameters, {(total - idle) / 1e6:.1f} M active; {sizes}", flush=True)
-    losses = train(model, texts, given.seconds, given.batch, device)
+    losses = train(partial(loss_of, model), list(model.parameters()), texts, given.seconds, given.batch,
+                   model.context, device)  # fmt: skip
     arrays = record(model, texts, given.tokens, given.sequences, given.steps, device)
     about = (f"Python {platform.python_version()}'s standard library ({sizes}); {given.layers} layers, {given.experts} "
              f"experts, top {given.topk}; {given.seconds:g} s of training, {losses[-1]:.3f} bits per byte; torch "

@@ -173,7 +173,7 @@ class BoundLaunch:
             self._config.hStream = stream
             self._stream = stream
         result = self._cuda.cuLaunchKernelEx(self._config, self._function, self._pointers_address, 0)
-        if int(result[0]):
+        if result[0] != 0:
             check(result, f"cuLaunchKernelEx({self._kernel.entry})")
 
 

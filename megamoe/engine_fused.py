@@ -4,7 +4,9 @@ import contextlib
 import ctypes
 import math
 import struct
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from megamoe.builds import kernel_build, kernel_key, needs_extras
 from megamoe.config import MoEConfig
 from megamoe.device_error import device_error
 from megamoe.errors import ErrorRecord, MegaMoEError
+from megamoe.layer_checks import equal_dtypes
 from megamoe.plan import tiles
 from megamoe.quant import mxfp4_images
 from megamoe.quant import weights as fp8_images
@@ -27,6 +30,8 @@ from megamoe_cuda.gather import busy, gather
 from megamoe_cuda.launch import BoundLaunch, LoadedKernel, read_symbol_u32
 from megamoe_cuda.symmetric import HostStatus, NvshmemMemory, OneGpuMemory
 
+CALL_ADDRESSES = struct.Struct("=6Q")
+"""The first six fields of layout.RankParams, x to y."""
 IMAGES = {"fp8": fp8_images, "mxfp4": mxfp4_images}
 """How a weight format is packed: image_shape and pack_expert."""
 
@@ -246,9 +251,12 @@ class FusedEngine:
         slope, p.up_shift = (OAI_ALPHA, 1.0) if config.activation == "swiglu_oai" else (1.0, 0.0)
         p.gate_exponent = -slope * math.log2(math.e)
         self.ep_size = shared.ep_size
-        self.cuts, self.cut = shared.cuts.setdefault(config, {}), None
+        self.cuts = shared.cuts.setdefault(config, {})
         self.launches: dict[LoadedKernel, BoundLaunch] = {}  # of self.params
-        self.ranks = [p.ranks[i] for i in range(shared.num_ranks)]  # views, which cost less than to index each time
+        self.kind = self.cut = self.key = None  # of the last call: what self.params hold
+        self.ranks = [p.ranks[i] for i in range(shared.num_ranks)]
+        # One write instead of six fields
+        self.writers = [partial(CALL_ADDRESSES.pack_into, memoryview(rank).cast("B"), 0) for rank in self.ranks]
         # Without slots or staging memory for plans ids are slots, and the kernel does nothing for them
         self.replicas: DeviceReplicas | None = None
         if shared.ep_config.takes_plans:
@@ -332,37 +340,45 @@ class FusedEngine:
         for mine, theirs in zip(self.params.ranks, other.params.ranks, strict=True):
             mine.replica_map = theirs.replica_map
 
-    def forward(self, inputs: list[RankInput], num_tokens_bound: int, outs: list[Tensor | None]) -> list[Tensor]:
-        # Host time of every call: what stays as it was is not written again
-        shared, p, device = self.shared, self.params, self.shared.device
+    def forward(
+        self, inputs: Sequence[RankInput], num_tokens_bound: int, outs: Sequence[Tensor | None], kind=None, stream=None
+    ) -> list[Tensor]:
+        # Host time of every call: of one whose kind the last one had, only addresses are written
+        shared, device = self.shared, self.shared.device
         if torch.accelerator.current_device_index() != device.index:
             with torch.cuda.device(device):
-                return self.forward(inputs, num_tokens_bound, outs)
+                return self.forward(inputs, num_tokens_bound, outs, kind, stream)
         shared.check()
-        if len(inputs) > 1:
-            _check_equal_dtypes(inputs)
+        if kind is None or kind is not self.kind or self.cuts.get(num_tokens_bound) is not self.cut:
+            self._prepare(inputs, num_tokens_bound, kind)
         results = []
-        for rank, (x, x_sf, topk_idx, topk_weights, num_tokens), out in zip(self.ranks, inputs, outs, strict=True):
-            n = x.shape[0]
+        for write, (x, x_sf, topk_idx, topk_weights, num_tokens), out in zip(self.writers, inputs, outs, strict=True):
             if out is None:
-                out = torch.empty(n, self.config.hidden, dtype=torch.bfloat16, device=device)
-            rank.x, rank.x_sf = x.data_ptr(), 0 if x_sf is None else x_sf.data_ptr()
-            rank.topk_idx, rank.topk_weights = topk_idx.data_ptr(), topk_weights.data_ptr()
-            rank.num_tokens_ptr = 0 if num_tokens is None else num_tokens.data_ptr()
-            rank.y, rank.num_tokens = out.data_ptr(), n
+                out = torch.empty(x.shape[0], self.config.hidden, dtype=torch.bfloat16, device=device)
+            write(
+                x.data_ptr(), 0 if x_sf is None else x_sf.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr(),
+                0 if num_tokens is None else num_tokens.data_ptr(), out.data_ptr(),
+            )  # fmt: skip
             results.append(out)
-        p.x_is_fp8 = x_sf is not None
-        p.idx_is_int64 = topk_idx.dtype is torch.int64
-        p.weights_are_bf16 = topk_weights.dtype is torch.bfloat16
-        cut = self.cuts.get(num_tokens_bound) or self._new_cut(num_tokens_bound)
-        if cut is not self.cut:
-            self.cut = cut
-            (_, p.order_group, p.order_lag, p.prefetch_stages, p.decode_lag, p.combine_columns,
-             p.combine_chunks) = cut  # fmt: skip
-        kernel = shared.kernels[self.config.weight_format, cut.block_tokens, self.extras]
+        kernel = shared.kernels[self.key]  # not kept: builds for traces and tests take a kernel's place
         launch = self.launches.get(kernel) or self._new_launch(kernel)
-        launch(current_stream_handle(device))
+        launch(current_stream_handle(device) if stream is None else stream)
         return results
+
+    def _prepare(self, inputs: Sequence[RankInput], num_tokens_bound: int, kind) -> None:
+        """All that calls of one kind share: sizes, dtypes, how the launch is cut, which kernel."""
+        self.kind, p = None, self.params  # what fails below is prepared anew
+        if len(inputs) > 1:
+            equal_dtypes(inputs)
+        for rank, rank_input in zip(self.ranks, inputs, strict=True):
+            rank.num_tokens = rank_input.x.shape[0]
+        p.x_is_fp8 = rank_input.x_sf is not None
+        p.idx_is_int64 = rank_input.topk_idx.dtype is torch.int64
+        p.weights_are_bf16 = rank_input.topk_weights.dtype is torch.bfloat16
+        cut = self.cuts.get(num_tokens_bound) or self._new_cut(num_tokens_bound)
+        (block, p.order_group, p.order_lag, p.prefetch_stages, p.decode_lag, p.combine_columns,
+         p.combine_chunks) = cut  # fmt: skip
+        self.cut, self.key, self.kind = cut, (self.config.weight_format, block, self.extras), kind
 
     def _new_cut(self, num_tokens_bound: int) -> tiles.Cut:
         shared = self.shared
@@ -380,12 +396,3 @@ class FusedEngine:
 
     def close(self) -> None:
         self.images, self.launches = [], {}
-
-
-def _check_equal_dtypes(inputs: list[RankInput]) -> None:
-    # One launch serves all virtual ranks with one set of dtypes
-    kinds = {(i.x.dtype, i.topk_idx.dtype, i.topk_weights.dtype) for i in inputs}
-    if len(kinds) > 1:
-        raise TypeError(
-            f"hidden_states, topk_idx and topk_weights have dtypes {kinds}; use the same on all virtual ranks"
-        )

@@ -1,5 +1,6 @@
 """The CPU engine: steps.py on the ranks held here."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -93,7 +94,9 @@ class TorchEngine:
     def settle(self) -> None:
         """Nothing to wait for: stage() has received everything."""
 
-    def forward(self, inputs: list[RankInput], num_tokens_bound: int, outs: list[Tensor | None]) -> list[Tensor]:
+    def forward(
+        self, inputs: Sequence[RankInput], num_tokens_bound: int, outs: Sequence[Tensor | None], kind=None, stream=None
+    ) -> list[Tensor]:
         """num_tokens_bound chooses nothing here: the torch exchange sends exact counts. A failed call fills outs with
         NaN."""
         waited = self.exchange.wait_s

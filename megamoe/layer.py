@@ -56,7 +56,7 @@ class MoELayer(nn.Module):
         self._loaded = False
         self._counters = Counters()
         # Of what has passed, all layers of this config in the workspace know
-        self._check_call = workspace.call_checks.setdefault(
+        self._call_checks = workspace.call_checks.setdefault(
             config, checks.CallChecks(config, workspace.device, workspace.ep_config.num_max_tokens_per_rank)
         )
         self.rerounded_groups: list[dict[str, int]] | None = None  # mxfp4 format: of the last load, one a rank
@@ -203,15 +203,18 @@ class MoELayer(nn.Module):
 
     def _forward(self, hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out):
         # Each line is host time of every call: tests/cpu/test_host_cost.py counts them
-        workspace, check = self.workspace, self._check_call
-        workspace.check_open()
+        workspace, check = self.workspace, self._call_checks
+        if workspace.closed or workspace.poisoned is not None:
+            workspace.check_open()
         if not self._loaded:
             self._take_weights()
-        dtype, bound = self._dtype, checks.num_tokens_bound(num_tokens_bound, check.capacity)
+        dtype, bound = self._dtype, num_tokens_bound
+        if bound.__class__ is not int or not 0 <= bound <= check.capacity:
+            bound = checks.num_tokens_bound(bound, check.capacity)
         one_rank = workspace.ep_config.virtual_ranks is None
         if one_rank:
-            inputs = [check("", hidden_states, topk_idx, topk_weights, num_tokens, out, bound, dtype)]
-            outs = [out]
+            given, kind = check.take("", hidden_states, topk_idx, topk_weights, num_tokens, out, bound, dtype)
+            inputs, kinds, outs = (given,), (kind,), (out,)
         else:
             columns = [
                 self._per_rank(name, value)
@@ -221,15 +224,16 @@ class MoELayer(nn.Module):
                 )
             ]  # fmt: skip
             ranks = zip(self._suffixes(), *columns, strict=True)
-            inputs, outs = [check(*arguments, bound, dtype) for arguments in ranks], columns[-1]
-        workspace.before_call(self.index)
+            inputs, kinds = zip(*(check.take(*arguments, bound, dtype) for arguments in ranks), strict=True)
+            kind, outs = None, columns[-1]
+        stream = workspace.before_call(self.index)
         try:
-            results = self._engine.forward(inputs, bound, outs)
+            results = self._engine.forward(inputs, bound, outs, kind, stream)
         except MegaMoEError as error:
             self._counters.failed += 1
             workspace.poison(error)
             raise
-        self._counters.add(inputs)
+        self._counters.add(kinds)
         return results[0] if one_rank else results
 
     def _take_weights(self) -> None:

@@ -1,6 +1,8 @@
 """The checks behind MoELayer. ``rank`` is "" or, with virtual ranks, "[r]": it completes an argument's name in
 messages."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -156,6 +158,18 @@ def num_tokens_bound(bound: int | None, capacity: int) -> int:
     return bound
 
 
+class Kind:
+    """What calls share whose arguments differ in values and addresses alone, on one workspace: the object itself. An
+    engine that has served one has only addresses to write for the next.
+
+    num_tokens: rows given; input_bytes: of hidden_states without scale factors."""
+
+    __slots__ = ("input_bytes", "num_tokens")
+
+    def __init__(self, x: Tensor):
+        self.num_tokens, self.input_bytes = x.shape[0], x.nbytes
+
+
 class CallChecks:
     """The checks of a call's arguments, for layers of one config on one workspace.
 
@@ -168,48 +182,47 @@ class CallChecks:
     def __init__(self, config: MoEConfig, device: torch.device, capacity: int):
         self.config, self.device, self.capacity = config, device, capacity
         self.look_at_values = device.type == "cpu"  # elsewhere that stops the stream: the kernel finds these itself
-        self._passed: set[tuple] = set()
-        self._last: tuple | None = None  # comparing costs less than hashing
+        self._passed: dict[tuple, Kind] = {}
+        self._last: tuple[tuple | None, Kind | None] = None, None  # comparing costs less than hashing
 
-    def __call__(
+    def take(
         self, rank: str, value, topk_idx, topk_weights, num_tokens, output, bound: int, weight_dtype: torch.dtype | None
-    ) -> RankInput:
+    ) -> tuple[RankInput, Kind]:
         """value: hidden_states; output: out. Errors as MoELayer.forward has them."""
         is_pair = value.__class__ is tuple and len(value) == 2
         x, x_sf = value if is_pair else (value, None)
-        key = _looked_at(x, x_sf, topk_idx, topk_weights, num_tokens, output, (is_pair, bound, weight_dtype))
-        if key is None or (key != self._last and key not in self._passed):
-            x, x_sf = hidden_states(self.config, self.device, rank, value, weight_dtype)
-            routing(self.config, self.device, rank, x, topk_idx, topk_weights, num_tokens, bound, self.capacity)
-            out(self.config, self.device, rank, output, x, weight_dtype)
-            if len(self._passed) == self.MAX_PASSED:
-                self._passed.clear()
-            self._passed.add(key)
-        self._last = key
+        try:  # all that hidden_states(), routing() and out() depend on
+            address = x.data_ptr()
+            key = (
+                x.__class__, x.dtype, x.shape, x.device, x.is_contiguous(), address % 16,
+                topk_idx.__class__, topk_idx.dtype, topk_idx.shape, topk_idx.device, topk_idx.is_contiguous(),
+                topk_weights.__class__, topk_weights.dtype, topk_weights.shape, topk_weights.device,
+                topk_weights.is_contiguous(), is_pair, bound, weight_dtype,
+                x_sf is None or (x_sf.__class__, x_sf.dtype, x_sf.shape, x_sf.device, x_sf.is_contiguous()),
+                num_tokens is None or (num_tokens.__class__, num_tokens.dtype, num_tokens.shape, num_tokens.device),
+                output is None or (output.__class__, output.dtype, output.shape, output.device, output.is_contiguous(),
+                                   (at := output.data_ptr()) % 16, at == address),
+            )  # fmt: skip
+        except (AttributeError, RuntimeError, TypeError):  # as of None, a sparse tensor, an array of another kind
+            key = None
+        last, kind = self._last
+        if key is None or key != last:
+            kind = self._passed.get(key)
+            if kind is None:
+                x, x_sf = hidden_states(self.config, self.device, rank, value, weight_dtype)
+                routing(self.config, self.device, rank, x, topk_idx, topk_weights, num_tokens, bound, self.capacity)
+                out(self.config, self.device, rank, output, x, weight_dtype)
+                kind = Kind(x)
+                if len(self._passed) == self.MAX_PASSED:
+                    self._passed.clear()
+                if key is not None:
+                    self._passed[key] = kind
+            self._last = key, kind
         # Its own constructor, a function of Python, takes twice as long
         rank_input = tuple.__new__(RankInput, (x, x_sf, topk_idx, topk_weights, num_tokens))
         if self.look_at_values:
             _values(self.config, rank, rank_input)
-        return rank_input
-
-
-def _looked_at(x, x_sf, topk_idx, topk_weights, num_tokens, output, rest: tuple) -> tuple | None:
-    """All that hidden_states(), routing() and out() depend on; None where something is not even a tensor."""
-    try:
-        address = x.data_ptr()
-        return (
-            x.__class__, x.dtype, x.shape, x.device, x.is_contiguous(), address % 16,
-            topk_idx.__class__, topk_idx.dtype, topk_idx.shape, topk_idx.device, topk_idx.is_contiguous(),
-            topk_weights.__class__, topk_weights.dtype, topk_weights.shape, topk_weights.device,
-            topk_weights.is_contiguous(),
-            x_sf is None or (x_sf.__class__, x_sf.dtype, x_sf.shape, x_sf.device, x_sf.is_contiguous()),
-            num_tokens is None or (num_tokens.__class__, num_tokens.dtype, num_tokens.shape, num_tokens.device),
-            output is None or (output.__class__, output.dtype, output.shape, output.device, output.is_contiguous(),
-                               output.data_ptr() % 16, output.data_ptr() == address),
-            rest,
-        )  # fmt: skip
-    except (AttributeError, RuntimeError, TypeError):  # as of None, a sparse tensor, an array of another kind
-        return None
+        return rank_input, kind
 
 
 def hidden_states(
@@ -311,6 +324,15 @@ def equal_slots(mine: EPConfig, theirs: EPConfig | None) -> None:
                 f"weights_of is on a workspace with {name}={getattr(theirs, name)}, this layer on one with "
                 f"{getattr(mine, name)}; use equal ones"
             )
+
+
+def equal_dtypes(inputs: Sequence[RankInput]) -> None:
+    """TypeError where virtual ranks differ: one launch serves all of them with one set of dtypes."""
+    kinds = {(i.x.dtype, i.topk_idx.dtype, i.topk_weights.dtype) for i in inputs}
+    if len(kinds) > 1:
+        raise TypeError(
+            f"hidden_states, topk_idx and topk_weights have dtypes {kinds}; use the same on all virtual ranks"
+        )
 
 
 def plan_placement(config: MoEConfig, ep_config: EPConfig, ep_size: int, plan, plan_layer: int):

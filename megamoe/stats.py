@@ -13,13 +13,12 @@ class Counters:
     tokens: int = 0
     input_bytes: int = 0
 
-    def add(self, inputs) -> None:
-        """A call that was taken. inputs: RankInput of each rank here."""
+    def add(self, kinds) -> None:
+        """A call that was taken. kinds: layer_checks.Kind of each rank here."""
         self.calls += 1
-        for rank_input in inputs:
-            x = rank_input.x
-            self.tokens += x.shape[0]
-            self.input_bytes += x.nbytes
+        for kind in kinds:
+            self.tokens += kind.num_tokens
+            self.input_bytes += kind.input_bytes
 
 
 class Stats(NamedTuple):

@@ -103,13 +103,15 @@ class Workspace:
         if self.is_cuda:
             self.streams.hand_over(stream or torch.cuda.current_stream(self.device))
 
-    def before_call(self, layer_index: int) -> None:
-        """What every call of a layer begins with: one stream at a time, the same order on all ranks (MEGAMOE_DEBUG)."""
-        if self.is_cuda and current_stream_handle(self.device) != self.streams.handle:
-            stream = torch.cuda.current_stream(self.device)
-            self.streams.check(stream, torch.cuda.is_current_stream_capturing)
+    def before_call(self, layer_index: int) -> int | None:
+        """What every call of a layer begins with: one stream at a time, the same order on all ranks (MEGAMOE_DEBUG).
+        -> handle of the current stream, None on a CPU"""
+        stream = current_stream_handle(self.device) if self.is_cuda else None
+        if stream is not None and stream != self.streams.handle:
+            self.streams.check(torch.cuda.current_stream(self.device), torch.cuda.is_current_stream_capturing)
         if self.order is not None:
             self.order.compare(f"layer {layer_index} of workspace {self.index}")
+        return stream
 
     def warmup(self) -> None:
         """Run every layer that has weights once, without tokens: what loads on first use is then loaded. Collective.

@@ -16,7 +16,7 @@ rounds   domain_tokens=c. A token's row goes to the domains that hold one of its
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -86,7 +86,9 @@ class TwoLevelEngine:
         for engine, part in zip(self.engines, self.domains.by_domain(weights), strict=True):
             engine.load_weights(part)
 
-    def forward(self, inputs: list[RankInput], num_tokens_bound: int, outs: list[Tensor | None]) -> list[Tensor]:
+    def forward(
+        self, inputs: Sequence[RankInput], num_tokens_bound: int, outs: Sequence[Tensor | None], kind=None, stream=None
+    ) -> list[Tensor]:
         self.check()
         packed = [pack(self.config, rank_input) for rank_input in inputs]
         call = self._fixed if self.limit is None else self._rounds

@@ -39,13 +39,13 @@ from megamoe.config import EPConfig
 from megamoe.integrations.chunks import Chunks
 from megamoe.integrations.dense import load_without_experts
 from megamoe.integrations.experts import Experts, expert_parameters, find_experts, weights_of
+from megamoe.integrations.shared import IMPLEMENTATION, append_shared, find_shared, fold, unfold, unfold_id
 from megamoe.integrations.spec import SpecExperts
 from megamoe.layer import MoELayer
 from megamoe.progress import Progress
 from megamoe.workspace import Workspace
 from megamoe_cuda.gather import gather
 
-IMPLEMENTATION = "megamoe"
 DEFAULT_CAPACITY = 4096
 
 
@@ -60,6 +60,7 @@ def enable(
     donate: bool = False,
     spec: bool = False,
     lockstep_chunks: bool = False,
+    fold_shared_experts: bool = False,
 ) -> "Serving":
     """Serve the experts of every MoE layer of `model` by megamoe; collective over the ranks of `group`.
 
@@ -77,6 +78,10 @@ def enable(
     spec           run megamoe/steps.py (plain torch) on whatever device the model is on: the yardstick for the kernel
     lockstep_chunks  more tokens than the capacity are sent in several calls, as many on every rank as the one with most
                    needs: agreed on by the hosts before each layer, which waits for the device. Not in a CUDA graph
+    fold_shared_experts  the model's shared experts (DeepSeek-V3) become experts of the layer that every token goes to,
+                   in its weight_format; from the module's parameters, also with a checkpoint, and whatever `donate`
+                   says they stay. Refused where the block does something else with them, and by the workspace with
+                   plans or several NVLink domains
 
     Returns a Serving, also usable as a context manager. Raises ValueError if the model has no MoE layer, or one that
     cannot be served (all reasons listed), or is enabled already; CheckpointError that lists all that is wrong with all
@@ -98,9 +103,12 @@ def enable(
         raise ValueError("workspace: steps.py uses none; leave it out with spec=True")
     group = workspace.group if workspace else group
     ep_size, ep_rank = _placement(group)
-    source, found, problem = None, {}, None
+    source, found, shared, problem = None, {}, {}, None
     try:
         found = find_experts(model, weight_format)
+        shared = find_shared(model, found) if fold_shared_experts else {}
+        for name, (_, count) in shared.items():
+            found[name] = replace(found[name], config=replace(found[name].config, num_shared_experts=count))
         source = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
         _check_source(found, source, ep_size, ep_rank)
     except (ValueError, TypeError, OSError) as error:
@@ -120,6 +128,7 @@ def enable(
             undo.callback(layer.close)
             slots[name] = _Slot(info, layer, ep_config.num_max_tokens_per_rank, ep_size, ep_rank, donate)
             slots[name].chunks = Chunks(group, ep_size) if lockstep_chunks else None
+            slots[name].shared = ref(shared[name][0]) if shared else None
         with Progress(
             "experts", sum(slot.bytes_in(source) for slot in slots.values()), None if ep_rank == 0 else False
         ) as bar:
@@ -164,6 +173,9 @@ class Serving:
             _SLOTS[slot.key] = slot
             finalize(slot.module(), _SLOTS.pop, slot.key, None)  # an id is used again
             slot.serving = ref(self)
+            if slot.shared is not None:
+                fold(slot.shared())
+                finalize(slot.shared(), unfold_id, id(slot.shared()))
             if slot.donate:
                 slot.drop_parameters()
 
@@ -195,6 +207,8 @@ class Serving:
             del _SERVINGS[model]
             for slot in self._slots.values():
                 _SLOTS.pop(slot.key, None)
+                if slot.shared is not None:
+                    unfold(slot.shared())
             model.set_experts_implementation(self._before)
         for layer in self.layers.values():
             layer.close()
@@ -251,7 +265,7 @@ class _Slot:
         self.module, self.key = ref(info.module), id(info.module)
         num_local_experts = info.config.num_local_experts(ep_size)
         self.local = range(ep_rank * num_local_experts, (ep_rank + 1) * num_local_experts)
-        self.serving, self.chunks = None, None
+        self.serving, self.chunks, self.shared = None, None, None
         self._loaded = None
 
     def bytes_in(self, source: Checkpoint | None) -> int:
@@ -268,6 +282,8 @@ class _Slot:
         else:
             weights = weights_of(replace(self.info, module=self.module()), self.local)
             self._loaded = self._state()
+        if self.shared is not None:
+            weights = append_shared(self.config, weights, self.shared(), self.info.sizes)
         self.layer.load_weights(
             weights.linear1, weights.linear2, weights.linear1_sf, weights.linear2_sf,
             linear1_bias=weights.linear1_bias, linear2_bias=weights.linear2_bias,
@@ -280,7 +296,7 @@ class _Slot:
         self._loaded = None
 
     def _state(self) -> tuple:
-        params = expert_parameters(self.module()).values()
+        params = [*expert_parameters(self.module()).values(), *(self.shared().parameters() if self.shared else ())]
         return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in params]
 
     def __call__(self, hidden_states: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:

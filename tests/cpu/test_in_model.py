@@ -6,12 +6,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="not run: transformers is not installed")
 
-from benchmarks import in_model, in_model_report, report
+from benchmarks import in_model, in_model_report, in_model_text, report
 from benchmarks.results import append_json, read_results
 from megamoe.layer import MoELayer
+from megamoe.testing.spawn import spawn_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,6 +52,54 @@ def test_the_gate_holds_nothing_that_is_wrong(tmp_path, monkeypatch):
     assert not read_results(tmp_path / "in_model")
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("trained")
+    in_model_text.train_model(path, torch.device("cpu"), 2.0)
+    return path
+
+
+def text_options(trained, size: int) -> tuple[str, ...]:
+    return "--parts", "text", "--bytes", str(size), "--model", str(trained)
+
+
+def test_one_rank_and_two_write_the_text_of_the_trained_model(trained, tmp_path):
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in trained.iterdir()}
+    file = tmp_path / "rows.jsonl"
+    ran = spawn_ranks(
+        [ROOT / "benchmarks/in_model.py", *text_options(trained, 12), "--formats", "fp8", "--json", file], 2
+    )
+    assert all(rank.returncode == 0 for rank in ran), ran[0].output
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["weight_format"], row["ranks"]) for row in found] == [("fp8", 1), ("fp8", 2)]
+    for row in found:
+        assert row["ok"] and row["prompts"] == 8 and row["bytes"] == 12 and 1 < row["bits_per_byte"] < 7
+        assert row["same"]["steps.py"] == row["same"].get("one rank", 8) == 8  # here megamoe is steps.py
+        assert 0 < row["errors"]["eager"] <= 2 * row["floor_error"] and len(row["example"]) == 32 + 12
+        assert row["same"]["eager"] == 8 - sum(fork["from"] == "eager" for fork in row["forks"])
+
+
+def test_a_text_that_forks_at_more_than_a_near_tie_fails(trained, tmp_path, monkeypatch):
+    forward = MoELayer.forward
+    monkeypatch.setattr(MoELayer, "forward", lambda self, *args, **how: -forward(self, *args, **how))
+    status, (row,) = rows(
+        tmp_path, *text_options(trained, 8), "--formats", "mxfp4", "--results", str(tmp_path / "rows")
+    )
+    assert status == 1 and not row["ok"] and row["errors"]["eager"] > 2 * row["floor_error"]
+    assert not (tmp_path / "rows").exists()
+
+
+def test_a_fork_is_the_first_byte_that_differs_and_its_gap_the_references():
+    logits = torch.tensor([[[0.0, 3.0, 1.0], [5.0, 2.0, 4.5]], [[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]]])
+    changed = logits.clone()
+    changed[0, 1] = torch.tensor([4.5, 2.0, 4.75])
+    ours, reference = (in_model_text.Written(x.argmax(-1), x) for x in (changed, logits))
+    found = in_model_text.compare(ours, reference)
+    assert found.forks == [(0, 1, 0.5)] and found.error == 0.5 / 4
+    assert in_model_text.compare(reference, reference) == ([], 0.0)
+    assert {len(prompt) for prompt in in_model_text.PROMPTS} == {32}
+
+
 FACTS = {"device": "NVIDIA H100", "num_gpus": 1, "driver": "580", "torch": "2.11", "commit": "0" * 40, "dirty": False}
 
 
@@ -72,7 +122,18 @@ def test_the_tables_show_the_newest_commit_and_every_part():
         row_of("block", 1, 2, implementation="megamoe", us=34.0, **block),
         row_of("block", 1, implementation="eager", not_run="it loops", **block),
     ]  # fmt: skip
+    texts = {"prompts": 8, "bytes": 128, "errors": {"eager": 0.125}, "floor_error": 0.25, "max_gap": 2.0,
+             "bits_per_byte": 2.5, "weight_format": "fp8"}  # fmt: skip
+    fork = {"from": "eager", "prompt": 3, "position": 17, "gap": 0.75}
+    found += [
+        row_of("text", 1, same={"eager": 7, "steps.py": 8}, forks=[fork], **texts),
+        row_of("text", 1, 2, same={"eager": 8, "steps.py": 8, "one rank": 6}, forks=[], **texts),
+        row_of("text", 1, 3, not_run="3 ranks do not share 8 prompts evenly"),
+    ]
     text = in_model_report.markdown(found)
+    numbers = "1.25e-01 / 2.50e-01 | {} / 2.00e+00 | 2.50 |"
+    assert "| 128 bytes | fp8 | 1 | 7 of 8 | 8 of 8 | - | " + numbers.format("7.50e-01") in text
+    assert "| 128 bytes | fp8 | 2 | 8 of 8 | 8 of 8 | 6 of 8 | " + numbers.format("no fork") in text
     assert text == in_model_report.markdown(found[::-1])
     assert "| mixtral | mxfp4 | 1 | 4096 | 2.00e-02 / 2.00e-02 |" in text
     assert "1111" not in text and "5.00e-01" not in text
@@ -100,7 +161,7 @@ def test_the_commands_of_tables_sh_are_ones_it_takes():
     command = ROOT / "launch/tables.sh", "in-model", "--print", "--results", "/x", "--commit", "abc"
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     ours = [line.partition("in_model.py ")[2].split() for line in lines if "in_model.py " in line]
-    assert len(ours) == 2 and sum(int(re.search(r"(\d+) s:", line)[1]) for line in lines) <= 300
+    assert len(ours) == 3 and sum(int(re.search(r"(\d+) s:", line)[1]) for line in lines) <= 400
     for words in ours:
         given = in_model.parser().parse_args(words)
         assert (str(given.results), given.commit) == ("/x/in_model", "abc")

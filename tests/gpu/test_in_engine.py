@@ -121,10 +121,11 @@ def test_moved_rows_are_moved_experts(layer):
 
 
 @pytest.mark.parametrize(
-    "family, weight_format",
-    [("qwen3_moe", "fp8"), ("mixtral", "fp8"), ("deepseek_v3", "fp8"), ("gpt_oss", "fp8"), ("gpt_oss", "mxfp4")],
-)
-def test_a_served_model_is_within_the_formats_floor(family, weight_format):
+    "family, weight_format, fold",
+    [("qwen3_moe", "fp8", False), ("mixtral", "fp8", False), ("deepseek_v3", "fp8", False), ("gpt_oss", "fp8", False),
+     ("gpt_oss", "mxfp4", False), ("deepseek_v3", "fp8", True), ("deepseek_v3", "mxfp4", True)],
+)  # fmt: skip
+def test_a_served_model_is_within_the_formats_floor(family, weight_format, fold):
     pytest.importorskip("transformers", reason="not run: transformers is not installed")
     from megamoe.integrations.dequantized import round_experts
     from megamoe.integrations.logits import eager_logits, logits_error, served_logits
@@ -134,6 +135,7 @@ def test_a_served_model_is_within_the_formats_floor(family, weight_format):
     round_experts(model, weight_format)
     ids = [torch.randint(256, (1, 60), device="cuda") for _ in range(4)]
     eager = eager_logits(model, ids)
-    floor = logits_error(served_logits(model, ids, weight_format=weight_format, spec=True), eager)
-    served = logits_error(served_logits(model, ids, weight_format=weight_format, ep_config=EPConfig(64)), eager)
+    how = {"weight_format": weight_format, "fold_shared_experts": fold}
+    floor = logits_error(served_logits(model, ids, spec=True, **how), eager)
+    served = logits_error(served_logits(model, ids, ep_config=EPConfig(64), **how), eager)
     assert served.kl <= 2 * floor.kl + 1e-5, f"served {served}, floor {floor}"
