@@ -77,12 +77,9 @@ def decodes_ahead(weight_format: str, block_tokens: int) -> bool:
 
 
 def reachable_tiles(config, ep_size: int, capacity: int) -> tuple[int, ...]:
-    """Every tile that calls of 1 to `capacity` tokens a rank can choose, ascending, and perhaps larger ones: tiles grow
-    with the tokens until none holds an expert's rows."""
+    """Every tile that calls of 1 to `capacity` tokens a rank can choose, ascending: tiles grow with the tokens."""
     first, last = (choose_block_tokens(config, ep_size, bound) for bound in (1, capacity))
-    tiles = TILES[config.weight_format]
-    fits = rows_wanted(config, ep_size, capacity) <= tiles[-1]
-    return tuple(block for block in tiles if first <= block and (block <= last or not fits))
+    return tuple(block for block in TILES[config.weight_format] if first <= block <= last)
 
 
 def tile_order(block_tokens: int) -> tuple[int, int]:

@@ -116,7 +116,7 @@ def test_an_illegal_tile_size_does_not_compile(compiled):
     with pytest.raises(CompileError, match="static"):
         compile_kernel(build.source, build.entry, {"BLOCK_TOKENS": 96})
     with pytest.raises(CompileError, match="static"):
-        compile_kernel(build.source, build.entry, {"BLOCK_TOKENS": 128, "WEIGHT_FORMAT": "kMxfp4"})
+        compile_kernel(build.source, build.entry, {"BLOCK_TOKENS": 112, "WEIGHT_FORMAT": "kMxfp4"})
 
 
 def test_more_shared_memory_than_a_cta_has_does_not_compile(compiled):

@@ -3,6 +3,7 @@
 import ctypes
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -30,8 +31,9 @@ def test_regions_do_not_overlap_and_are_aligned(configs, ep_config, ep_size):
         end = 0
         for region in sorted((r for r in placed if r.where == where), key=lambda r: r.offset):
             assert region.offset >= end and region.offset % layout.REGION_ALIGN == 0, region
-            # Empty without num_staged_experts; for the 128-token tile only
-            assert region.bytes > 0 or region.name in ("staging", "x_image", "x_image_ready")
+            # Empty without num_staged_experts; for the 128-token tile only; for MXFP4 with that tile
+            empty = ("staging", "x_image", "x_image_ready", "decode_done", "decoded_ready", "decoded")
+            assert region.bytes > 0 or region.name in empty
             end = region.offset + region.bytes
         assert end <= total < end + layout.REGION_ALIGN
     assert len({region.name for region in placed}) == len(placed)
@@ -63,6 +65,21 @@ def test_every_layer_fits_into_the_shared_regions(configs, ep_config, ep_size):
             assert have["x_image_ready"] >= blocks * block * 4
     assert have["head_ready"] >= 2 * ep_size * math.ceil(tokens / layout.HEAD_SLICE_TOKENS) * 4
     assert have["x_ready"] >= ep_size * tokens * 4 and have["combine_ready"] >= tokens * 16 * 4
+
+
+def test_decoded_weights_have_room_where_a_call_decodes_ahead():
+    """32 experts of 16 x 32 and 16 x 16 images, 771 MiB; the largest layer's where several share the workspace."""
+    config = replace(FLASH64, weight_format="mxfp4")
+    small = MoEConfig(1024, 512, 64, 6, weight_format="mxfp4")
+    for configs, tokens, images in (
+        ([config], 2048, 0), ([FLASH64], 8192, 0), ([config], 8192, 32 * 16 * (32 + 16)),
+        ([small, config], 8192, 32 * 16 * (32 + 16)), ([small], 8192, 32 * 4 * (8 + 4)),
+    ):  # fmt: skip
+        placed, _, _ = layout.place(layout.dims_of(configs, EPConfig(tokens), 2))
+        sizes = {region.name: region.bytes for region in placed}
+        assert sizes["decoded"] == images * layout.IMAGE_PITCH_BYTES
+        assert (sizes["decoded_ready"] > 0) == (sizes["decode_done"] > 0) == (images > 0)
+        assert sizes["decoded_ready"] in (0, 32 * 32 * 4, 32 * (4 + 4) * 4)
 
 
 def test_flash64_at_two_ranks_stays_small():
