@@ -18,6 +18,9 @@ struct Config {
     static constexpr u32 kBlockTokens = kBlockTokens_;
     static constexpr bool kDecodesAhead = kFormat_ == kMxfp4 && kBlockTokens == 128;
     static constexpr bool kDecodesInLoop = kFormat_ == kMxfp4 && !kDecodesAhead;
+    // The two want rows in different orders of K. So the number of tokens tells the peers in its top bit which it is.
+    static constexpr bool kIsMxfp4 = kFormat_ == kMxfp4;
+    static constexpr u32 kAheadBit = kDecodesAhead ? 1u << 31 : 0;
     // Few rows an expert: weights are the wgmma M side, so padding costs at most the rest of a
     // tile of tokens. Many: tokens are.
     static constexpr bool kWeightsOnM = kDecodesInLoop || kBlockTokens <= 64;

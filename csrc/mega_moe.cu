@@ -88,7 +88,7 @@ extern "C" __global__ void MOE_CLUSTER __launch_bounds__(kNumThreads, 1)
 
     if (warp >= kExchangeWarp) {
         ptx::setmaxnreg_dec<Kernel::kExchangeRegisters>();
-        push_head(l);
+        push_head<Kernel>(l);
         push_rows(l, s);
         if constexpr (!Kernel::kWeightsOnM) permute_rows(l, s);
         if (warp_id() == kExchangeWarp) trace(l, s, kTrace_exchange, kEvent_pushed, 0);

@@ -57,6 +57,7 @@ enum Code : u32 {
     kCode_expert_out_of_range,
     kCode_aborted_by_peer,
     kCode_out_of_bounds,
+    kCode_unequal_bounds,
 };
 
 enum Trace : u32 {
@@ -98,6 +99,7 @@ enum Fault : u32 {
     kFault_rows,
     kFault_h,
     kFault_combine,
+    kFault_decoded,
 };
 
 enum Region : u32 {

@@ -25,6 +25,11 @@ def device_error(records: Sequence[layout.KernelStatus], ids_are_mapped: bool) -
             f"topk_idx of token {token} of rank {src_rank} names expert {signed}; legal are -1 and 0 to {r.want - 1}",
             record._replace(index=token, have=signed),
         )
+    if code == "unequal_bounds":
+        return MegaMoEError(
+            f"launch {r.epoch}: rank {r.index} was called with another num_tokens_bound; give every rank the same",
+            record,
+        )
     if code == "out_of_bounds":
         region = f"region {layout.REGIONS[r.index].name} of {r.want} bytes"
         return MegaMoEError(f"launch {r.epoch}: an access at byte {r.have} of {region}", record)
@@ -35,6 +40,8 @@ def _story(r: ErrorRecord) -> str:
     waited_for = {
         ("plan", "dispatch"): f"no routing table from rank {r.index}: it did not launch this call, or is gone",
         ("plan", "plan"): f"the CTAs of this rank did not meet while counting rows (meeting {r.index})",
+        ("weights", "linear1"): f"linear1's weights of local expert {r.index} were not decoded",
+        ("weights", "linear2"): f"linear2's weights of local expert {r.index} were not decoded",
         ("tokens", "dispatch"): f"token rows from rank {r.index} did not arrive",
         ("tokens", "swiglu"): f"the SwiGLU output of token block {r.index} was not written",
         ("tokens", "plan"): f"the rows of token block {r.index} were not brought into expert order",

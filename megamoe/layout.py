@@ -56,9 +56,9 @@ TRACE_EVENTS = (
     "start", "list", "pushed", "tile", "rows_named", "rows_here", "first_stage", "k_loop", "staging",
     "epilogue", "stored", "combined", "end",
 )  # fmt: skip
-CODES = ("ok", "timeout", "expert_out_of_range", "aborted_by_peer", "out_of_bounds")
+CODES = ("ok", "timeout", "expert_out_of_range", "aborted_by_peer", "out_of_bounds", "unequal_bounds")
 # Of test builds (csrc/debug/faults.cuh): what can be published late, wrong or not at all.
-FAULT_POINTS = ("routing", "count", "head", "rows", "h", "combine")
+FAULT_POINTS = ("routing", "count", "head", "rows", "h", "combine", "decoded")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 // Partners: wait_decoded in load_weights.cuh; permute_rows in pipeline/1_permute.cuh gives each warp its turns.
 #pragma once
 #include "config.cuh"
+#include "debug/faults.cuh"
 #include "gemm/mxfp4_decode.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/copy.cuh"
@@ -73,12 +74,13 @@ struct DecodeAhead {
     // decode_done -> its last arriver -> decoded_ready.
     MOE_DEVICE void publish() const {
         __syncwarp();
-        const u32 block = turn().unpublished;
-        if (lane_id() == 0 && block != ~0u) {
+        if (lane_id() == 0 && turn().unpublished != ~0u) {
+            const u32 block = turn().unpublished;
+            turn().unpublished = ~0u;
             const u32 k_blocks = (block < weight_block(l, 1, 0, 0) ? l.p.hidden : l.p.intermediate) / kKBlock;
             if (ptx::atom_add_acq_rel_gpu(l.decode_done(block), 1) + 1 == k_blocks) {
                 ptx::st_relaxed_gpu(l.decode_done(block), 0);
-                ptx::st_release_gpu(l.decoded_ready(block), l.epoch);
+                ptx::st_release_gpu(l.decoded_ready(block), MOE_FAULT(l, decoded, l.epoch));
             }
         }
     }

@@ -64,6 +64,7 @@ MOE_DEVICE i32 table_idx(const Launch& l, i32 id) {
 
 // Routing of 64 tokens a slice: ids and weights to every rank, then one flag each. Slice 0 always goes: it brings
 // num_tokens.
+template <class C>
 MOE_DEVICE void push_head(const Launch& l) {
     const u32 lane = lane_id(), me = l.me.ep_rank, num_tokens = l.num_tokens,
               slices = max_u32(1, ceil_div(num_tokens, kHeadSliceTokens));
@@ -78,7 +79,8 @@ MOE_DEVICE void push_head(const Launch& l) {
                 l.head_weights(dst, me)[i] = weight;
             }
         }
-        if (slice == 0 && lane < l.p.ep_size) *l.head_num_tokens(lane, me) = MOE_FAULT(l, count, num_tokens);
+        if (slice == 0 && lane < l.p.ep_size)
+            *l.head_num_tokens(lane, me) = MOE_FAULT(l, count, num_tokens) | C::kAheadBit;
         __syncwarp();
         if (lane < l.p.ep_size) {
             ptx::fence_acq_rel_sys();  // cumulative over the warp's stores, ordered before it by the warp barrier

@@ -17,8 +17,11 @@ MOE_DEVICE bool wait_heads(const Launch& l, SharedStorage<C>& s, u32 thread) {
     if (thread < l.p.ep_size) {
         const bool ok = wait_acquire_sys(l, l.head_ready(me, thread, 0), l.p.arrive_deadline_ns,
                                          {kRole_plan, kStep_dispatch, thread});
-        if (!ok) s.healthy = 0;
-        s.num_tokens[thread] = ok ? min_u32(ptx::ld_cg(l.head_num_tokens(me, thread)), l.p.capacity) : 0;
+        const u32 num_tokens = ok ? ptx::ld_cg(l.head_num_tokens(me, thread)) : C::kAheadBit;
+        const bool differs = C::kIsMxfp4 && (num_tokens ^ C::kAheadBit) >> 31;
+        if (differs) give_up(l, kCode_unequal_bounds, {kRole_plan, kStep_dispatch, thread}, num_tokens, C::kAheadBit);
+        if (!ok || differs) s.healthy = 0;
+        s.num_tokens[thread] = differs ? 0 : min_u32(num_tokens ^ C::kAheadBit, l.p.capacity);
     }
     ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
     if (thread == 0) {

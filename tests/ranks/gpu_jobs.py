@@ -7,15 +7,17 @@ its own rows.
 
 import json
 import os
+import re
 import sys
 import time
 import traceback
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from megamoe import EPConfig, MegaMoEError, MoEConfig, MoELayer, Workspace, plan_experts
-from megamoe.plan import popularity
+from megamoe.plan import popularity, tiles
 from megamoe.ranks import init_process_group, rank_from_env
 from megamoe.testing.data import Case, make_case
 from tests.gpu import oracle
@@ -266,8 +268,37 @@ def different_configurations(workspace: Workspace, rank: int) -> str:
     raise AssertionError("ranks of different capacity were accepted")
 
 
+def weights_decoded_ahead(_: Workspace, rank: int) -> str:
+    """MXFP4 with many rows; and ranks whose bounds ask for rows in different orders of K are told so."""
+    shipped, tiles.DECODE_AHEAD_ROWS = tiles.DECODE_AHEAD_ROWS, 128
+    config = replace(LARGE, weight_format="mxfp4")
+    case = make_case(7, config, NUM_RANKS, counts(CAPACITY, 190), "uniform", "cuda")
+    few = make_case(8, config, NUM_RANKS, 16, "uniform", "cuda")._replace(weights=case.weights)
+    blocks = [tiles.choose_block_tokens(config, NUM_RANKS, bound) for bound in (16, CAPACITY)]
+    assert blocks[0] < blocks[1] == tiles.TOKENS_ON_M, blocks
+    with Workspace(config, EPConfig(CAPACITY, arrive_deadline_s=5.0, step_deadline_s=5.0)) as own:
+        with MoELayer(config, own) as layer:
+            load(layer, case, rank)
+            first = call(layer, case, rank, poisoned(case, rank)).clone()
+            second = call(layer, case, rank, poisoned(case, rank))
+            settle(layer)
+            result = judge(case, rank, second)
+            assert result.ok and same(first, second), result.text
+            out = call(layer, few, rank, poisoned(few, rank), CAPACITY if rank == 0 else 16)
+            error = caught(layer)
+            assert re.search("another num_tokens_bound|was ended by rank", str(error)), str(error)
+            assert bool(out.isnan().all()), "a lost call left numbers in its output"
+            own.reset()
+            for bound in (16, CAPACITY):
+                out = call(layer, few, rank, poisoned(few, rank), bound)
+                settle(layer)
+                assert judge(few, rank, out).ok, bound
+    tiles.DECODE_AHEAD_ROWS = shipped
+    return f"worst row {result.worst_row:.2e}; {error}"
+
+
 JOBS = (random_cases, back_to_back, uneven_pace, graph_replay, layers_take_turns, live_rebalance,
-        different_configurations, absent_rank)  # fmt: skip
+        different_configurations, weights_decoded_ahead, absent_rank)  # fmt: skip
 
 
 def report(**fields) -> None:

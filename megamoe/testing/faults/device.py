@@ -4,6 +4,7 @@ rank 2 publishes something late, wrong or not at all. Two GPUs: device_ranks.py.
 import re
 import struct
 import time
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ KINDS = ("none", "delay", "drop", "corrupt")
 CONFIG = MoEConfig(hidden=512, intermediate=512, num_experts=12, topk=4)
 RANKS, FAULTY = 3, 2
 DEADLINE_S = 1.0
-TOKENS = {"8 tokens": 8, "300 tokens": 300}  # weights on M; tokens on M, pairs of CTAs, rows counted by the grid
+# Weights on M; tokens on M, pairs of CTAs, rows counted by the grid; the same, its weights decoded ahead.
+LABELS = {"8 tokens": ("fp8", 8), "300 tokens": ("fp8", 300), "600 tokens, MXFP4": ("mxfp4", 600)}
 
 
 class DeviceFault(NamedTuple):
@@ -45,25 +47,28 @@ FAULTS = (
     DeviceFault("routing: ids out of range", "plan", "corrupt", "routing", 1 << 14, "of rank 2 names expert"),
     DeviceFault("h: never raised", "swiglu", "drop", "h", 0, "SwiGLU output of token block|expert rows of token"),
     DeviceFault("combine: never raised", "combine", "drop", "combine", 0, "step combine: .*expert rows of token"),
+    DeviceFault("decoded: late, within the deadline", "linear1", "delay", "decoded", 20_000, None),
+    DeviceFault("decoded: never raised", "linear1", "drop", "decoded", 0, "were not decoded|expert rows of token"),
 )  # fmt: skip
 
 
 class FaultyLayer:
     """A layer on virtual ranks whose kernel misbehaves as told."""
 
-    def __init__(self, num_tokens: int):
-        self.case = make_case(5, CONFIG, RANKS, num_tokens, "uniform", "cuda")
+    def __init__(self, weight_format: str, num_tokens: int):
+        config = replace(CONFIG, weight_format=weight_format)
+        self.case = make_case(5, config, RANKS, num_tokens, "uniform", "cuda")
         capacity = num_tokens + 8  # a count that is a little too large must not be cut to the right one
         ep_config = EPConfig(capacity, RANKS, arrive_deadline_s=DEADLINE_S, step_deadline_s=DEADLINE_S)
-        self.workspace = Workspace(CONFIG, ep_config, device="cuda")
-        self.layer = MoELayer(CONFIG, self.workspace)
+        self.workspace = Workspace(config, ep_config, device="cuda")
+        self.layer = MoELayer(config, self.workspace)
         w = self.case.weights
         names = ("linear1", "linear2", "linear1_sf", "linear2_sf")
         self.layer.load_weights(*([getattr(rank, name) for rank in w] for name in names))
         fused = self.workspace.fused
         self.kernels = fused.kernels = {key: fused.load_kernel(*key, FAULTS=1) for key in fused.kernels}
         self.outs = [torch.empty(i.x.shape, dtype=torch.bfloat16, device="cuda") for i in self.case.inputs]
-        self.expected = moe_layer(CONFIG, _local(), w, self.case.inputs)
+        self.expected = moe_layer(config, _local(), w, self.case.inputs)
 
     def misbehave(self, kind: str, point: str, argument: int) -> None:
         if kind == "delay":
@@ -132,12 +137,13 @@ def rows(only: str | None = None) -> list[table.Row]:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         return [table.Row("device", fault.name, fault.step, {}, 0.0, None, "no sm_90 GPU") for fault in picked]
     found = []
-    for label, num_tokens in TOKENS.items():
-        if not picked:
-            break
-        faulty = FaultyLayer(num_tokens)
+    for label, (weight_format, num_tokens) in LABELS.items():
+        tried = [fault for fault in picked if (fault.point == "decoded") == (weight_format == "mxfp4")]
+        if not tried:
+            continue
+        faulty = FaultyLayer(weight_format, num_tokens)
         faulty.call()
-        for fault in picked:
+        for fault in tried:
             begin = time.monotonic()
             try:
                 found.append(try_fault(faulty, fault, label))
