@@ -28,12 +28,13 @@ MOE_DEVICE u8* decoded_image(const Launch& l, u32 second, u32 expert, u32 image)
     return l.decoded(before + expert * images_of(l, second) + image);
 }
 
-// 16 columns of rows r and r + 8, to `to` and 8 rows on. rows: of the decoder's table, r's lowest.
+// 16 columns of rows r and r + 8, to `to` and 8 rows on. rows: of the decoder's table, r's lowest; masked, since a slot
+// without an expert holds anything.
 MOE_DEVICE void decode_piece(u8* to, uint4 codes, u32 rows, const u64* decode_rows) {
 #pragma unroll
     for (u32 upper = 0; upper < 2; ++upper) {
         const uint2 row =
-            *reinterpret_cast<const uint2*>(reinterpret_cast<const u8*>(decode_rows) + (rows >> 8 * upper & 0xFF));
+            *reinterpret_cast<const uint2*>(reinterpret_cast<const u8*>(decode_rows) + (rows >> 8 * upper & 0x78));
         uint4 out;
         decode_word(upper ? codes.y : codes.x, row.x, row.y, out.x, out.y);
         decode_word(upper ? codes.w : codes.z, row.x, row.y, out.z, out.w);
@@ -86,21 +87,23 @@ struct DecodeAhead {
     }
 
     // The next image, if there is one; the turn before's is published while this one's first codes are on their way.
-    // Waits for nobody.
-    MOE_DEVICE void step() const {
+    // Waits for nobody. planned: experts without rows are known, and their images only counted.
+    MOE_DEVICE void step(bool planned) const {
         if (is_done()) return;
         const u32 lane = lane_id();
         const Tile tile = order().at(item());
         const u32 second = tile.is_linear2, expert = tile.m_block;
         const u32 k_blocks = (second ? l.p.intermediate : l.p.hidden) / kKBlock;
         const u32 block = weight_block(l, second, expert, tile.n_block / k_blocks);
+        if (planned && s.row_offset[expert] == s.row_offset[expert + 1]) return next(block);
         const u8* from = reinterpret_cast<const u8*>(second ? l.me.linear2 : l.me.linear1) +
                          (u64(expert) * images_of(l, second) + tile.n_block) * kMxfp4ImagePitchBytes;
-        decode_image(from, decoded_image(l, second, expert, tile.n_block), lane, [&] {
-            publish();
-            if (lane == 0) turn().done += 1, turn().unpublished = block;
-            __syncwarp();
-        });
+        decode_image(from, decoded_image(l, second, expert, tile.n_block), lane, [&] { next(block); });
+    }
+    MOE_DEVICE void next(u32 block) const {
+        publish();
+        if (lane_id() == 0) turn().done += 1, turn().unpublished = block;
+        __syncwarp();
     }
 
     // An image is 8 units, each what a math warp would decode of it (gemm/mxfp4.cuh), and a unit four pieces of a lane:

@@ -118,11 +118,12 @@ MOE_DEVICE void permute_rows(const Launch& l, SharedStorage<C>& s) {
         const DecodeAhead<C> decode{l, s};
         decode.start();
 #pragma unroll 1
-        while (true) {
-            decode.step();
+        for (bool planned = false;;) {
+            decode.step(planned);
             if (decode.is_done()) decode.publish();  // not after the last rows, which may be late
-            if (!__all_sync(~0u, ptx::ld_acquire_cta_shared(&s.plan_done))) continue;  // set however the plan ends
-            if (!__shfl_sync(~0u, s.healthy, 0)) return;                               // lost; combine ends by itself
+            planned = __all_sync(~0u, ptx::ld_acquire_cta_shared(&s.plan_done));  // set however the plan ends
+            if (!planned) continue;
+            if (!__shfl_sync(~0u, s.healthy, 0)) return;  // lost; combine ends by itself
             const u32 begin = decode.turn().next_row, end = decode.rows_due(s.row_offset[kMaxLocalExperts]);
             if (begin < end) {
                 if (!copy_rows(l, s, begin, end)) return;
