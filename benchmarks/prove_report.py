@@ -71,7 +71,7 @@ def _suppressed(rows: list[dict]) -> str:
 
 
 def _explained(rows: list[dict]) -> str:
-    """What a step's tool called a race and launch/sanitizers.py (EXPLAINED) has a reason for."""
+    """What a step's tool called a race and launch/explained.py has a reason for."""
     out = []
     for row in (row for row in rows if row.get("explained")):
         out += [f"### {row['step']}: explained\n",

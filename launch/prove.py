@@ -285,7 +285,8 @@ def steps(folder: Path, seconds: float, seed: str, gpus: int, device: str) -> li
     def check(tool: str, more: list[str]) -> Step:
         # racecheck's findings are those of its facts, which know the explained ones
         races, status = tool == "racecheck", ["--error-exitcode", "1"]
-        command = [sanitizer or "compute-sanitizer", "--tool", tool, *([] if races else status), *options, python, CASE]
+        command = [sanitizer or "compute-sanitizer", "--tool", tool, *([] if races else status),
+                   *options, *sanitizers.OPTIONS.get(tool, []), python, CASE]
         return Step(f"sanitizer {tool}", [*command, *more], expected_s=50, missing=no_tool,
                     facts=sanitizers.race_facts if races else sanitizers.facts)  # fmt: skip
 

@@ -126,6 +126,7 @@ def test_only_racechecks_findings_are_told_by_its_reports(prove, tmp_path):
     assert set(checks) == {"memcheck", "synccheck", "racecheck", "initcheck"}
     for tool, step in checks.items():
         assert ("--error-exitcode" in step.command) == (tool != "racecheck")
+        assert ("--print-limit" in step.command) == (tool == "racecheck")  # what is not displayed is not told
         assert ("--lineinfo" in step.command) == (tool == "racecheck") == (step.facts("") != prove.sanitizers.facts(""))
         assert step.facts("")["ok"] is False and step.facts("")["findings"] is None
 
