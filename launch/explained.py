@@ -28,12 +28,15 @@ EXPLAINED = {
         "are plan threads, or come after the plan's barrier.",
         ("sched/table.cuh:offsets_of",),
         ("sched/order.cuh:find_expert", "pipeline/1_permute.cuh:place_in_images",
-         "pipeline/1_permute.cuh:permute_rows"),
+         "pipeline/1_permute.cuh:permute_rows", "gemm/decode_ahead.cuh:step"),
         {"sched/table.cuh:build_row_list": ("if (warp == 0) offsets_of(l, s, scratch.count, lane);\n"
                                             "    ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();",),
          "mega_moe.cu:mega_moe": ("if (thread == 0) ptx::st_release_cta_shared(&s.plan_done, 1);",),
-         "pipeline/1_permute.cuh:permute_rows": ("while (!ptx::ld_acquire_cta_shared(&s.plan_done))",)},
-        {"find_expert": {"place_in_images", "read_entry", "read_logical", "tile_of_ticket"}}),
+         "pipeline/1_permute.cuh:permute_rows": (
+             "while (!ptx::ld_acquire_cta_shared(&s.plan_done))",
+             "planned = __all_sync(~0u, ptx::ld_acquire_cta_shared(&s.plan_done));"),
+         "gemm/decode_ahead.cuh:step": ("if (planned && s.row_offset[expert]",)},
+        {"step": {"permute_rows"}, "find_expert": {"place_in_images", "read_entry", "read_logical", "tile_of_ticket"}}),
     "flags in shared memory": Order(
         "plan_done and watch_open themselves, written by st.release.cta and polled by ld.acquire.cta: such a word is "
         "there to be read while it is written. Read relaxed, it lets nobody read what else was written: is_over only "
