@@ -2,8 +2,7 @@
 
 Each role leaves records (nanoseconds, event, tile) in a list of its own (csrc/debug/trace.cuh). What lies between two
 consecutive records of a list is a span; spans go to a file for Perfetto (ui.perfetto.dev) or chrome://tracing, and
-their mean lengths to a table. From `Record` to `report` all is plain arithmetic and needs no GPU. Started on several
-ranks, rank 0 gathers the lists of all (megamoe/trace_ranks.py), prints and writes.
+their mean lengths to a table. From `Record` to `report` all is plain arithmetic and needs no GPU.
 """
 
 import argparse
@@ -11,7 +10,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ EXIT_NOT_RUN = 3
 # A role's time up to its first record: exchange starts with the launch, the others when the row list is there.
 FIRST_SPAN_FROM = {"plan": None, "exchange": "start"}
 FIRST_SPAN_OTHERWISE = "list"
+WARM_UP_CALLS, TIMED_CALLS = 3, 20
 
 
 class Record(NamedTuple):
@@ -93,35 +93,23 @@ def chrome_trace(all_spans: list[Span], title: str) -> dict:
 
     Load the JSON in Perfetto or chrome://tracing. title: shown as each process's label.
     """
-    return {"displayTimeUnit": "ns", "traceEvents": list(_chrome_events(all_spans, title))}
-
-
-def write_chrome_trace(all_spans: list[Span], title: str, path: str) -> None:
-    """chrome_trace() to a file, an event at a time: of eight ranks its objects would take gigabytes."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write('{"displayTimeUnit": "ns", "traceEvents": [')
-        for number, event in enumerate(_chrome_events(all_spans, title)):
-            file.write((",\n" if number else "") + json.dumps(event))
-        file.write("]}")
-
-
-def _chrome_events(all_spans: list[Span], title: str) -> Iterator[dict]:
     zero = min((span.begin.ns for span in all_spans), default=0)
-    threads = set()
+    events, threads = [], set()
     for span in all_spans:
         thread = span.cta * len(TRACE_ROLES) + TRACE_ROLES.index(span.role)
         if (span.rank, None) not in threads:
             threads.add((span.rank, None))
-            yield _meta(span.rank, 0, "process_name", name=f"rank {span.rank}")
-            yield _meta(span.rank, 0, "process_labels", labels=title)
+            events.append(_meta(span.rank, 0, "process_name", name=f"rank {span.rank}"))
+            events.append(_meta(span.rank, 0, "process_labels", labels=title))
         if (span.rank, thread) not in threads:
             threads.add((span.rank, thread))
-            yield _meta(span.rank, thread, "thread_name", name=f"CTA {span.cta:03} {span.role}")
-            yield _meta(span.rank, thread, "thread_sort_index", sort_index=thread)
-        yield {
+            events.append(_meta(span.rank, thread, "thread_name", name=f"CTA {span.cta:03} {span.role}"))
+            events.append(_meta(span.rank, thread, "thread_sort_index", sort_index=thread))
+        events.append({
             "ph": "X", "pid": span.rank, "tid": thread, "name": span.name, "cat": span.role,
             "ts": (span.begin.ns - zero) / 1000, "dur": span.us, "args": {"tile": span.end.tile},
-        }  # fmt: skip
+        })  # fmt: skip
+    return {"displayTimeUnit": "ns", "traceEvents": events}
 
 
 def _meta(process: int, thread: int, kind: str, **args) -> dict:
@@ -150,14 +138,16 @@ def summary(lists_of_ranks: list[dict[tuple[int, str], list[Record]]]) -> dict:
     def last(event: str) -> float | None:
         return since(record.ns for record in records if record.event == event)
 
-    roles, lengths_of = {}, defaultdict(lambda: defaultdict(list))
-    for rank, lists in enumerate(lists_of_ranks):
-        for span in spans(rank, lists):
-            lengths_of[span.role][span.name].append(span.us)
+    roles = {}
     for role in TRACE_ROLES:
         mine = [some for lists in lists_of_ranks for (_, name), some in lists.items() if name == role]
         if not mine:
             continue
+        lengths = defaultdict(list)
+        for rank, lists in enumerate(lists_of_ranks):
+            for span in spans(rank, lists):
+                if span.role == role:
+                    lengths[span.name].append(span.us)
         starts = [record.ns for some in mine for record in some if record.event == "tile"]
         ends = [some[-1].ns for some in mine if any(record.event == "tile" for record in some)]
         roles[role] = {
@@ -166,7 +156,7 @@ def summary(lists_of_ranks: list[dict[tuple[int, str], list[Record]]]) -> dict:
             "spans": {
                 name: {"count": len(us), "mean_us": statistics.fmean(us), "max_us": max(us),
                        "us_a_cta": sum(us) / len(mine)}
-                for name, us in lengths_of[role].items()
+                for name, us in lengths.items()
             },
         }  # fmt: skip
     return {
@@ -233,20 +223,73 @@ def report(found: dict) -> str:
     return "\n".join(lines)
 
 
+def trace_call(config, num_tokens: int, virtual_ranks: int, prequantized: bool) -> tuple[list[dict], str]:
+    """Runs one traced call on the current GPU, uniform routing. -> (decode() of each rank, what was run in words)."""
+    import torch
+
+    from megamoe import EPConfig, MoELayer, Workspace
+    from megamoe.builds import kernel_key
+    from megamoe.plan.tiles import choose_block_tokens
+    from megamoe.testing.data import make_input, make_weights
+
+    ep_config = EPConfig(num_tokens, virtual_ranks=virtual_ranks)
+    ranks = range(virtual_ranks)
+    block = choose_block_tokens(config, virtual_ranks, num_tokens)
+    with Workspace(config, ep_config, device="cuda") as workspace, MoELayer(config, workspace) as layer:
+        weights = [make_weights(1, config, virtual_ranks, rank, "cuda") for rank in ranks]
+        layer.load_weights(*([getattr(w, name) for w in weights]
+                             for name in ("linear1", "linear2", "linear1_sf", "linear2_sf")))  # fmt: skip
+        del weights
+        inputs = [make_input(1, config, r, num_tokens, device="cuda", prequantized=prequantized) for r in ranks]
+        hidden_states = [i.x if i.x_sf is None else (i.x, i.x_sf) for i in inputs]
+        outs = [torch.empty(i.x.shape, dtype=torch.bfloat16, device="cuda") for i in inputs]
+
+        def call(times: int) -> None:
+            for _ in range(times):
+                layer(hidden_states, [i.topk_idx for i in inputs], [i.topk_weights for i in inputs], out=outs)
+
+        call(WARM_UP_CALLS)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call(TIMED_CALLS)
+        end.record()
+        torch.cuda.synchronize()
+        untraced_us = begin.elapsed_time(end) * 1000 / TIMED_CALLS
+
+        fused, num_ctas = workspace.fused, workspace.fused.ctas_per_rank
+        key = kernel_key(config, block)
+        shipped, traced = fused.kernels[key], fused.load_kernel(*key, TRACE=1)
+        shape = num_ctas, len(TRACE_ROLES), TRACE_RECORDS, 2
+        buffers = [torch.zeros(shape, dtype=torch.int64, device="cuda") for _ in ranks]
+        fused.kernels[key] = traced
+        try:
+            call(WARM_UP_CALLS)  # without a buffer nothing is noted
+            for rank, buffer in enumerate(buffers):
+                layer._engine.params.ranks[rank].trace = buffer.data_ptr()
+            call(1)
+            torch.cuda.synchronize()
+            layer.check()
+        finally:
+            torch.cuda.synchronize()
+            fused.kernels[key] = shipped
+            traced.close()
+        lists = [decode(buffer.flatten().tolist(), num_ctas) for buffer in buffers]
+    words = (f"{config.hidden}/{config.intermediate}, {config.num_experts} experts, topk {config.topk}, {num_tokens} "
+             f"tokens a rank, {virtual_ranks} rank(s) of {num_ctas} CTAs, tiles of {block} tokens, "
+             f"{'prequantized' if prequantized else 'bf16'} input, {torch.cuda.get_device_name()}; untraced call "
+             f"{untraced_us:.1f} us")  # fmt: skip
+    return lists, words
+
+
 def main(argv: list[str] | None = None) -> int:
     """The verb. Exit status 0; 3 where there is no GPU for it; 2 for sizes that cannot run."""
     parser = argparse.ArgumentParser(
         prog="python -m megamoe trace", description="Runs one layer call with a kernel that notes times, writes a "
-        "trace for ui.perfetto.dev and prints where the time went. Needs an sm_90 GPU; started on every rank by a "
-        "launcher (launch/torchrun.sh 8 -m megamoe trace ...), one a rank, and rank 0 prints and writes. GPUs have "
-        "clocks of their own: each rank's times then count from its own kernel's first record, so that waiting for a "
-        "late peer shows as waiting in plan and dispatch.")  # fmt: skip
+        "trace for ui.perfetto.dev and prints where the time went. Needs one sm_90 GPU.")  # fmt: skip
     sizes = {("--hidden",): 4096, ("--intermediate",): 2048, ("--experts", "--num-experts"): 32, ("--topk",): 6,
              ("--tokens", "--num-max-tokens-per-rank"): 256, ("--virtual-ranks",): 1}
     for names, default in sizes.items():
         parser.add_argument(*names, type=int, default=default, help=f"default {default}")
-    parser.add_argument("--weight-format", choices=("fp8", "mxfp4"), default="fp8", help="default %(default)s")
-    parser.add_argument("--routing", choices=("uniform", "zipf"), default="uniform", help="default %(default)s")
     parser.add_argument("--bf16", action="store_true", help="bf16 input; default: prequantized")
     parser.add_argument("--out", default="megamoe.trace.json", metavar="FILE", help="default %(default)s")
     parser.add_argument("--png", metavar="FILE", help="also draw it; without matplotlib, keep what a picture needs")
@@ -256,52 +299,23 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from megamoe import EPConfig, MoEConfig, support
-    from megamoe.ranks import init_process_group, rank_from_env
-    from megamoe.traced_call import trace_call
-
-    info = rank_from_env()
-    several = info.ep_size > 1
-
-    def not_run(why, status: int) -> int:
-        if info.ep_rank == 0:
-            print(f"not run: {why}", file=sys.stderr)
-        return status
 
     if not torch.cuda.is_available():
-        return not_run("no GPU", EXIT_NOT_RUN)
+        print("not run: no GPU", file=sys.stderr)
+        return EXIT_NOT_RUN
     try:
-        config = MoEConfig(given.hidden, given.intermediate, given.experts, given.topk, given.weight_format)
-        if several and given.virtual_ranks != 1:
-            raise ValueError(f"virtual_ranks={given.virtual_ranks} on {info.ep_size} ranks of a launcher; use one")
-        able = support(config, EPConfig(given.tokens, virtual_ranks=None if several else given.virtual_ranks),
-                       "cuda:0", ep_size=info.ep_size if several else None)  # fmt: skip
+        config = MoEConfig(given.hidden, given.intermediate, given.experts, given.topk)
+        able = support(config, EPConfig(given.tokens, virtual_ranks=given.virtual_ranks), "cuda:0")
         if not able.ok:
             raise ValueError("; ".join(able.reasons))
     except ValueError as error:
-        return not_run(error, 2)
-    group = None
-    if several:
-        init_process_group()
-        group = torch.distributed.group.WORLD
-    traced = trace_call(config, given.tokens, given.virtual_ranks, not given.bf16, routing=given.routing, group=group)
-    if info.ep_rank == 0:
-        write_and_print(*traced, given, several)
-    if several:  # last on rank 0, which may hold the store that others still ask
-        torch.distributed.destroy_process_group()
-    return 0
-
-
-def write_and_print(lists_of_ranks: list[dict], words: str, given: argparse.Namespace, several: bool) -> None:
-    """Files and report of what was traced. several: by ranks with a GPU each, which are told apart."""
-    from megamoe.trace_ranks import by_rank, fewer_ctas, report_ranks
-
-    ranks = by_rank(lists_of_ranks) if several else {}
-    found = summary(lists_of_ranks) | ranks
-    kept, every = fewer_ctas(lists_of_ranks)
-    if every > 1:
-        words += f"; one CTA in {every} is in the file"
-    all_spans = [span for rank, lists in enumerate(kept) for span in spans(rank, lists)]
-    write_chrome_trace(all_spans, words, given.out)
+        print(f"not run: {error}", file=sys.stderr)
+        return 2
+    lists_of_ranks, words = trace_call(config, given.tokens, given.virtual_ranks, not given.bf16)
+    found = summary(lists_of_ranks)
+    all_spans = [span for rank, lists in enumerate(lists_of_ranks) for span in spans(rank, lists)]
+    with open(given.out, "w", encoding="utf-8") as file:
+        json.dump(chrome_trace(all_spans, words), file)
     if given.png:
         from megamoe.trace_picture import picture
 
@@ -309,5 +323,5 @@ def write_and_print(lists_of_ranks: list[dict], words: str, given: argparse.Name
     if given.json:
         print(json.dumps({"case": words, "file": given.out} | found))
     else:
-        text = "\n".join([words, report(found), *([report_ranks(ranks)] if several else [])])
-        print(f"{text}\nwrote {given.out}: open it in ui.perfetto.dev")
+        print(f"{words}\n{report(found)}\nwrote {given.out}: open it in ui.perfetto.dev")
+    return 0

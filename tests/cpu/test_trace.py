@@ -8,8 +8,7 @@ import torch
 
 import megamoe
 import megamoe.__main__ as cli
-from megamoe import layout, trace, traced_call
-from megamoe.testing.spawn import launcher_variables
+from megamoe import layout, trace
 from megamoe.trace import Record
 
 T0 = 1_800_000_000_000_000_000  # globaltimer counts from 1970
@@ -81,14 +80,12 @@ def test_first_span_needs_an_earlier_origin():
         assert [span.name for span in trace.spans(0, lists)] == ["tile > stored"]
 
 
-def test_chrome_trace_has_a_process_a_rank_and_a_thread_a_role(lists, tmp_path):
+def test_chrome_trace_has_a_process_a_rank_and_a_thread_a_role(lists):
     found = trace.chrome_trace([*trace.spans(0, lists), *trace.spans(1, lists)], "a case")
     events = json.loads(json.dumps(found))["traceEvents"]
     meta = [e for e in events if e["ph"] == "M"]
     names = {(e["pid"], e["args"]["name"]) for e in meta if e["name"] == "thread_name"}
     assert names == {(r, f"CTA {c:03} {role}") for r in (0, 1) for c, role in WRITTEN}
-    trace.write_chrome_trace([*trace.spans(0, lists), *trace.spans(1, lists)], "a case", tmp_path / "file")
-    assert json.loads((tmp_path / "file").read_text()) == found
     assert [e["args"]["name"] for e in meta if e["name"] == "process_name"] == ["rank 0", "rank 1"]
     assert len({(e["pid"], e["tid"]) for e in meta if e["name"] == "thread_name"}) == 2 * len(WRITTEN)
     complete = [e for e in events if e["ph"] == "X"]
@@ -135,19 +132,17 @@ def test_the_verb_writes_the_file_and_the_table(monkeypatch, capsys, tmp_path, l
     monkeypatch.setattr(megamoe, "support", lambda *_, **__: type("Able", (), {"ok": True, "reasons": ()}))
     asked = {}
 
-    def traced(config, num_tokens, virtual_ranks, prequantized, *, routing, group):
+    def traced(config, num_tokens, virtual_ranks, prequantized):
         asked.update(config=config, num_tokens=num_tokens, ranks=virtual_ranks, prequantized=prequantized)
-        assert group is None and routing == "uniform"
         return [lists, lists], "the case"
 
-    monkeypatch.setattr(traced_call, "trace_call", traced)
+    monkeypatch.setattr(trace, "trace_call", traced)
     out = tmp_path / "x.trace.json"
     sizes = ["--hidden", "256", "--intermediate", "128", "--experts", "8", "--topk", "2", "--tokens", "5"]
     assert cli.main(["trace", *sizes, "--virtual-ranks", "2", "--bf16", "--out", str(out)]) == 0
     assert (asked["config"].hidden, asked["config"].topk, asked["num_tokens"], asked["ranks"]) == (256, 2, 5, 2)
     assert not asked["prequantized"]
-    said = capsys.readouterr().out
-    assert "pushed > combined" in said and "slowest rank" not in said
+    assert "pushed > combined" in capsys.readouterr().out
     assert len({e["pid"] for e in json.loads(out.read_text())["traceEvents"]}) == 2
     assert cli.main(["trace", *sizes, "--out", str(out), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -158,9 +153,3 @@ def test_illegal_sizes_are_named(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert cli.main(["trace", "--hidden", "100"]) == 2
     assert "hidden=100 must be a multiple of 128" in capsys.readouterr().err
-    for name, value in launcher_variables(0, 8, 1).items():
-        monkeypatch.setenv(name, value)
-    assert cli.main(["trace", "--virtual-ranks", "2"]) == 2
-    assert "virtual_ranks=2 on 8 ranks of a launcher" in capsys.readouterr().err
-    monkeypatch.setenv("RANK", "1")
-    assert cli.main(["trace", "--experts", "12"]) == 2 and not capsys.readouterr().err  # rank 0 says it
