@@ -65,9 +65,8 @@ struct Config {
                   (kBlockTokens <= 64 || (kDecodesInLoop ? kBlockTokens <= 104 : kBlockTokens == 128)));
 };
 
-constexpr u32 kTileSlots = 4;  // tiles announced ahead of the math warps
-constexpr u32 kDecodeRing =
-    3;  // pieces of 512 bytes that an exchange warp has in flight: what is left beside four stages
+constexpr u32 kTileSlots = 4;    // tiles announced ahead of the math warps
+constexpr u32 kDecodeRing = 3;   // pieces of 512 bytes that a decoding warp has in flight: as four stages leave room
 constexpr u32 kTicketSlots = 8;  // more than the tiles that one CTA of a pair can be ahead: one a stage at most
 
 // One announced tile. The tokens warps fill its row names and weights: weights on M before the tile's first stage is
@@ -91,13 +90,14 @@ struct DecodeTable<true> {
         decode_rows[16];  // gemm/mxfp4_decode.cuh; 128 bytes, each bank once: any lanes' rows at no conflict
 };
 
-// Of an exchange warp: images decoded so far, and the weight block of the last one, if it is not published.
+// Of an exchange warp: images decoded so far; the weight block of the last one, until it is published; in the row list,
+// what it copies next.
 struct DecodeTurn {
     u32 done, unpublished, next_row;
 };
 
 template <class C>
-struct SharedState : DecodeTable<C::kDecodesInLoop || C::kDecodesAhead> {
+struct SharedState : DecodeTable<C::kIsMxfp4> {
     u32 row_offset[kMaxLocalExperts + 1];                           // first row of an expert in the list
     u16 block_offset[kMaxLocalExperts + 1];                         // first token block of an expert
     u16 pair_offset[C::kCluster > 1 ? kMaxLocalExperts + 1 : 1];    // first pair of token blocks of an expert

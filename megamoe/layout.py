@@ -129,7 +129,7 @@ REGIONS = (
     Region("head_ready", "symmetric", "u32", lambda d: (2, d.ep_size, d.slices),
            "source's exchange warps", "plan warps", "epoch of 64 tokens' routing; two banks by epoch parity"),
     Region("head_num_tokens", "symmetric", "u32", lambda d: (2, d.ep_size),
-           "source's exchange warps", "plan warps", "tokens of a source rank"),
+           "source's exchange warps", "plan warps", "tokens of a source rank; top bit: it decodes ahead"),
     Region("x_ready", "symmetric", "u32", lambda d: (d.ep_size, d.capacity),
            "source's exchange warps", "tokens or exchange warps", "epoch of a received row"),
     Region("combine_ready", "symmetric", "u32", lambda d: (d.capacity, MAX_TOPK),

@@ -1,6 +1,6 @@
 // MXFP4 weights where many token blocks read each of them: decoded once a launch, by the exchange warps, from the
-// layer's images into FP8 images in the local workspace. What reads those is as for FP8, tile and all. Decoded by the
-// math warps instead, a weight costs as much as its product with every 96 tokens (benchmarks/notes/0005).
+// layer's images into FP8 images in the local workspace. What reads those is as for FP8, tile and all. The math warps
+// would decode each weight again for every 104 tokens (benchmarks/notes/0005, 0007).
 // Partners: wait_decoded in load_weights.cuh; permute_rows in pipeline/1_permute.cuh gives each warp its turns.
 #pragma once
 #include "config.cuh"
@@ -134,11 +134,13 @@ struct DecodeAhead {
 #pragma unroll
             for (u32 piece = 0; piece < 4; ++piece) {
                 ptx::cp_async_wait<kDecodeRing - 1>();
-                const uint4 codes = ptx::ld_shared_v4(slot[piece % 3]);
-                load_piece(slot[piece % 3], from, piece + 3, piece == 0 || unit < 7);  // into the place just read
+                const uint4 codes = ptx::ld_shared_v4(slot[piece % kDecodeRing]);
+                // Into the place just read.
+                load_piece(slot[piece % kDecodeRing], from, piece + kDecodeRing, piece == 0 || unit < 7);
                 decode_piece(to + piece / 2 * 64 * kKBlock + (piece % 2 ? to_odd : 0), codes,
                              (piece % 2 ? rows.y : rows.x) >> piece / 2 * 16, s.decode_rows);
             }
+            static_assert(kDecodeRing == 3);  // so four pieces on, the ring has turned by one
             const u32 first = slot[0];
             slot[0] = slot[1], slot[1] = slot[2], slot[2] = first;
             from += 2048, to += (unit == 3 ? 128 - 48 : 16) * kKBlock;

@@ -17,7 +17,7 @@ namespace moe {
 // At entry; nothing in FP8 builds.
 template <class C>
 MOE_DEVICE void make_decode_table(SharedStorage<C>& s, u32 thread) {
-    if constexpr (C::kDecodesInLoop || C::kDecodesAhead) {
+    if constexpr (C::kIsMxfp4) {
         if (thread < kDecodeRows) s.decode_rows[thread] = decode_row(thread);
     }
 }
