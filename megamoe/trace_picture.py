@@ -9,9 +9,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from megamoe.layout import TRACE_ROLES
-from megamoe.trace import EXPOSED, Record, Span, chrome_trace
+from megamoe.trace import EXPOSED, Record, Span, write_chrome_trace
 
-CTAS = 6  # of each rank, evenly picked
+CTAS, ALL_CTAS = 6, 24  # at most, of each rank and of all, evenly picked; two of a rank at least
 WORK = {"tensor": "tab:blue", "epilogue": "tab:orange", "rows": "tab:green", "weights": "tab:purple",
         "store": "tab:red", "plan": "tab:olive", "dispatch": "tab:cyan", "combine": "tab:pink"}  # fmt: skip
 WAIT = "0.85"
@@ -29,12 +29,13 @@ def kind_of(span: Span) -> str | None:
 
 
 def pick(spans: list[Span]) -> list[Span]:
-    """Those of CTAS CTAs of each rank."""
+    """Those of a few CTAs of each rank."""
     ctas = defaultdict(set)
     for span in spans:
         ctas[span.rank].add(span.cta)
-    kept = {(rank, sorted(some)[i * len(some) // min(CTAS, len(some))])
-            for rank, some in ctas.items() for i in range(min(CTAS, len(some)))}  # fmt: skip
+    most = max(2, min(CTAS, ALL_CTAS // max(len(ctas), 1)))
+    kept = {(rank, sorted(some)[i * len(some) // min(most, len(some))])
+            for rank, some in ctas.items() for i in range(min(most, len(some)))}  # fmt: skip
     return [span for span in spans if (span.rank, span.cta) in kept]
 
 
@@ -44,12 +45,12 @@ def picture(spans: list[Span], title: str, path: str | Path) -> Path:
         draw(pick(spans), title, path)
         return Path(path)
     kept = Path(path).with_suffix(".picture.json")
-    kept.write_text(json.dumps(chrome_trace(pick(spans), title)))
+    write_chrome_trace(pick(spans), title, kept)
     return kept
 
 
 def draw_kept(source: str | Path, path: str | Path) -> None:
-    """source: a Chrome trace of trace.chrome_trace, of few CTAs."""
+    """source: a Chrome trace of trace.write_chrome_trace, of few CTAs."""
     trace, spans, title = json.loads(Path(source).read_text()), [], ""
     for event in trace["traceEvents"]:
         if event["name"] == "process_labels":
