@@ -7,6 +7,8 @@ ranks, rank 0 gathers the lists of all (megamoe/trace_ranks.py), on one clock (t
 """
 
 import argparse
+import contextlib
+import gc
 import gzip
 import json
 import statistics
@@ -23,7 +25,7 @@ import numpy as np
 from megamoe.layout import TRACE_EVENTS, TRACE_RECORDS, TRACE_ROLES
 
 EXIT_NOT_RUN = 3
-MEETING_S = 120.0  # until all ranks have started
+MEETING_S, PHASE_S = 90.0, 120.0  # until all ranks have started; for any phase
 # A role's time up to its first record: exchange starts with the launch, the others when the row list is there.
 FIRST_SPAN_FROM = {"plan": None, "exchange": "start"}
 FIRST_SPAN_OTHERWISE = "list"
@@ -80,6 +82,19 @@ def decode(words, num_ctas: int) -> Lists:
             Record(at, TRACE_EVENTS[event], tile) for at, event, tile in zip(ns.tolist(), events, tiles, strict=True)
         ]
     return lists
+
+
+@contextlib.contextmanager
+def collector_paused():
+    """While many records are made, of which none is garbage: Python would look through all of them again and again,
+    half of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def spans_of(lists_of_ranks: list[Lists]) -> list[Span]:
@@ -257,7 +272,8 @@ HOW_TO_READ = """How to read it: open the file in ui.perfetto.dev. A process is 
 each SM has one CTA; a bar is the time between two records of that row, named after them:
 
   plan      start > list (routing of all ranks has come, rows are listed) > end of the call
-  weights, tokens   tile > rows_here (rows or h have come) > k_loop (all is loaded)
+  weights   tile > k_loop (all is loaded)
+  tokens    tile > rows_named (up to 64 rows a tile) > rows_here (rows or h have come) > k_loop (all is loaded)
   math0, math1      tile > first_stage > k_loop (tensor cores) > staging > epilogue
   store     tile > stored          exchange   start > pushed (own rows are sent) > combined
 
@@ -322,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return not_run(error, 2)
     group = None
-    with Phases("trace", said=info.ep_rank == 0, began=began) as phase:
+    with Phases("trace", said=info.ep_rank == 0, deadline_s=PHASE_S, began=began) as phase:
         if several:
             phase(f"meeting of {info.ep_size} ranks")
             init_process_group(timeout_s=MEETING_S)
@@ -337,6 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+@collector_paused()
 def write_and_print(traced, given: argparse.Namespace, phase) -> None:
     """Files and report of what was traced, a traced_call.Traced; the report first, as it is there first."""
     from megamoe.trace_ranks import by_rank, fewer_ctas, report_ranks

@@ -78,7 +78,8 @@ def draw(spans: list[Span], title: str, path: str | Path) -> None:
     picked = sorted({(span.rank, span.cta) for span in spans})
     lines = [(rank, cta, role) for rank, cta in picked for role in TRACE_ROLES]
     at = {line: i for i, line in enumerate(lines)}
-    figure, axes = pyplot.subplots(figsize=(14, 1.5 + 0.13 * len(lines)))
+    height = 1.5 + 0.13 * len(lines)  # inches
+    figure, axes = pyplot.subplots(figsize=(14, height))
     bars = defaultdict(list)
     for span in spans:
         line = at.get((span.rank, span.cta, span.role))
@@ -94,7 +95,7 @@ def draw(spans: list[Span], title: str, path: str | Path) -> None:
     axes.set_xlabel(f"microseconds; lines of a CTA from above: {', '.join(TRACE_ROLES)}")
     axes.set_title("\n".join(textwrap.wrap(title, 150)), fontsize=9)
     legend = [Patch(color=color, label=name) for name, color in (*WORK.items(), ("waits", WAIT))]
-    axes.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=len(legend), fontsize=8)
+    axes.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, -0.7 / height), ncols=len(legend), fontsize=8)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 

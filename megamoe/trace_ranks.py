@@ -10,7 +10,7 @@ import zlib
 from itertools import accumulate, pairwise
 
 from megamoe.layout import TRACE_EVENTS, TRACE_ROLES
-from megamoe.trace import EXPOSED_WORDS, Lists, Record, exposed
+from megamoe.trace import EXPOSED_WORDS, Lists, Record, collector_paused, exposed
 from megamoe_cuda.gather import gather
 
 DEADLINE_S = 60.0  # of ranks that pack their lists
@@ -51,7 +51,8 @@ def gather_lists(group, lists: Lists, deadline_s: float = DEADLINE_S) -> list[Li
         pieces = gather(group, "trace", piece, deadline_s, reader=0)
         parts = [before + piece for before, piece in zip(parts or [""] * len(pieces), pieces, strict=True)]
         if not any(gather(group, "trace goes on", bool(rest), deadline_s)):
-            return [unpack(text) for text in parts]
+            with collector_paused():
+                return [unpack(text) for text in parts]
 
 
 def fewer_ctas(lists_of_ranks: list[Lists], limit: int = FILE_RECORDS) -> tuple[list[Lists], int]:

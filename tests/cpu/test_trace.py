@@ -151,7 +151,7 @@ def test_help_teaches(capsys):
     assert "torchrun.sh 8 -m megamoe trace" in said and all(word in said for word in trace.EXPOSED_WORDS)
     roles, events = re.findall(r"[a-z]+[01]?", said), re.findall(r"[a-z_]+", said)
     assert not set(layout.TRACE_ROLES) - set(roles)
-    assert not set(layout.TRACE_EVENTS) - set(events) - {"rows_named"}
+    assert not set(layout.TRACE_EVENTS) - set(events)
 
 
 def test_the_verb_writes_the_file_and_the_table(monkeypatch, capsys, tmp_path, lists):
