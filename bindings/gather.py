@@ -27,11 +27,12 @@ class AbsentRankError(RuntimeError):
         self.rank, self.absent, self.step, self.num_ranks = rank, absent, step, num_ranks
 
 
-def gather(group, step: str, value=None, deadline_s: float = DEADLINE_S) -> list:
+def gather(group, step: str, value=None, deadline_s: float = DEADLINE_S, *, reader: int | None = None) -> list:
     """`value` of every rank of `group`, by rank. Collective; also a barrier.
 
-    step: a word that names the place, equal on all ranks. value: what JSON carries. deadline_s: seconds until every
-    rank must have come; it starts again while a missing rank says that it is busy.
+    step: a word that names the place, equal on all ranks. value: what JSON carries, up to 8 MiB. deadline_s: seconds
+    until every rank must have come; it starts again while a missing rank says that it is busy. reader: the only rank
+    that fetches the values, where they are large; the others get an empty list. None: all do.
     AbsentRankError, on all ranks that had come, names the missing ones and where each was last seen. Who comes after
     that waits for the others' next call of the same step.
     """
@@ -52,7 +53,7 @@ def gather(group, step: str, value=None, deadline_s: float = DEADLINE_S) -> list
         # The first to see everybody, or to give up, decides for all
         absent, story = json.loads(store.compare_set(_key(step, number, "end"), "", end))
         if not absent:
-            values = [json.loads(store.get(key)) for key in keys]
+            values = [json.loads(store.get(key)) for key in keys] if reader in (None, rank) else []
             if number:  # every rank has come here, so nobody still reads the round before
                 store.delete_key(_key(step, number - 1, rank))
             return values

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One host: launch/torchrun.sh NUM_RANKS SCRIPT [arguments]. One process a rank; each takes the GPU of its LOCAL_RANK.
+# One host: launch/torchrun.sh NUM_RANKS SCRIPT|-m MODULE [arguments]. One process a rank, on the GPU of its LOCAL_RANK.
 # Several hosts: run torchrun itself with --nnodes, --node-rank and --rdzv-endpoint, or use launch/mpirun.sh.
 set -euo pipefail
 if (($# < 2)); then sed -n '2,3s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; fi

@@ -9,9 +9,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from megamoe.layout import TRACE_ROLES
-from megamoe.trace import EXPOSED, Record, Span, chrome_trace
+from megamoe.trace import EXPOSED, Record, Span, write_chrome_trace
 
-CTAS = 6  # of each rank, evenly picked
+CTAS, ALL_CTAS = 6, 24  # at most, of each rank and of all, evenly picked; two of a rank at least
 WORK = {"tensor": "tab:blue", "epilogue": "tab:orange", "rows": "tab:green", "weights": "tab:purple",
         "store": "tab:red", "plan": "tab:olive", "dispatch": "tab:cyan", "combine": "tab:pink"}  # fmt: skip
 WAIT = "0.85"
@@ -29,12 +29,13 @@ def kind_of(span: Span) -> str | None:
 
 
 def pick(spans: list[Span]) -> list[Span]:
-    """Those of CTAS CTAs of each rank."""
+    """Those of a few CTAs of each rank."""
     ctas = defaultdict(set)
     for span in spans:
         ctas[span.rank].add(span.cta)
-    kept = {(rank, sorted(some)[i * len(some) // min(CTAS, len(some))])
-            for rank, some in ctas.items() for i in range(min(CTAS, len(some)))}  # fmt: skip
+    most = max(2, min(CTAS, ALL_CTAS // max(len(ctas), 1)))
+    kept = {(rank, sorted(some)[i * len(some) // min(most, len(some))])
+            for rank, some in ctas.items() for i in range(min(most, len(some)))}  # fmt: skip
     return [span for span in spans if (span.rank, span.cta) in kept]
 
 
@@ -44,12 +45,12 @@ def picture(spans: list[Span], title: str, path: str | Path) -> Path:
         draw(pick(spans), title, path)
         return Path(path)
     kept = Path(path).with_suffix(".picture.json")
-    kept.write_text(json.dumps(chrome_trace(pick(spans), title)))
+    write_chrome_trace(pick(spans), title, kept)
     return kept
 
 
 def draw_kept(source: str | Path, path: str | Path) -> None:
-    """source: a Chrome trace of trace.chrome_trace, of few CTAs."""
+    """source: a Chrome trace of trace.write_chrome_trace, of few CTAs."""
     trace, spans, title = json.loads(Path(source).read_text()), [], ""
     for event in trace["traceEvents"]:
         if event["name"] == "process_labels":
@@ -77,7 +78,8 @@ def draw(spans: list[Span], title: str, path: str | Path) -> None:
     picked = sorted({(span.rank, span.cta) for span in spans})
     lines = [(rank, cta, role) for rank, cta in picked for role in TRACE_ROLES]
     at = {line: i for i, line in enumerate(lines)}
-    figure, axes = pyplot.subplots(figsize=(14, 1.5 + 0.13 * len(lines)))
+    height = 1.5 + 0.13 * len(lines)  # inches
+    figure, axes = pyplot.subplots(figsize=(14, height))
     bars = defaultdict(list)
     for span in spans:
         line = at.get((span.rank, span.cta, span.role))
@@ -93,7 +95,7 @@ def draw(spans: list[Span], title: str, path: str | Path) -> None:
     axes.set_xlabel(f"microseconds; lines of a CTA from above: {', '.join(TRACE_ROLES)}")
     axes.set_title("\n".join(textwrap.wrap(title, 150)), fontsize=9)
     legend = [Patch(color=color, label=name) for name, color in (*WORK.items(), ("waits", WAIT))]
-    axes.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=len(legend), fontsize=8)
+    axes.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, -0.7 / height), ncols=len(legend), fontsize=8)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 

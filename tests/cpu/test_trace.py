@@ -1,6 +1,8 @@
 """python -m megamoe trace: records to spans, file and table, from records written here as csrc/debug/trace.cuh does."""
 
+import gzip
 import json
+import re
 from itertools import pairwise
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 
 import megamoe
 import megamoe.__main__ as cli
-from megamoe import layout, trace
+from megamoe import layout, trace, traced_call
+from megamoe.testing.spawn import launcher_variables
 from megamoe.trace import Record
 
 T0 = 1_800_000_000_000_000_000  # globaltimer counts from 1970
@@ -38,16 +41,22 @@ def buffer(written: dict, num_ctas: int = 2) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def lists() -> dict:
-    return trace.decode(buffer(WRITTEN).flatten().tolist(), 2)
+    return trace.decode(buffer(WRITTEN).numpy(), 2)
 
 
 def test_decode_reads_what_the_kernel_writes(lists):
     assert lists == {key: [Record(T0 + ns, *rest) for ns, *rest in some] for key, some in WRITTEN.items()}
 
 
+def test_a_record_behind_one_that_was_not_written_is_none():
+    words = buffer({(0, "store"): [(1, "tile", 0), (2, "stored", 0), (3, "tile", 1)]}, 1)
+    words[0, layout.TRACE_ROLES.index("store"), 1] = 0
+    assert trace.decode(words.numpy(), 1) == {(0, "store"): [Record(T0 + 1, "tile", 0)]}
+
+
 def test_decode_of_large_tile_numbers():
     some = {(0, "store"): [(1, "tile", 0xFFFF_FFFF)]}  # the sign bit of the word
-    assert trace.decode(buffer(some, 1).flatten().tolist(), 1)[0, "store"] == [Record(T0 + 1, "tile", 0xFFFF_FFFF)]
+    assert trace.decode(buffer(some, 1).numpy(), 1)[0, "store"] == [Record(T0 + 1, "tile", 0xFFFF_FFFF)]
 
 
 def test_decode_refuses_a_buffer_of_another_shape_or_layout():
@@ -80,13 +89,16 @@ def test_first_span_needs_an_earlier_origin():
         assert [span.name for span in trace.spans(0, lists)] == ["tile > stored"]
 
 
-def test_chrome_trace_has_a_process_a_rank_and_a_thread_a_role(lists):
-    found = trace.chrome_trace([*trace.spans(0, lists), *trace.spans(1, lists)], "a case")
-    events = json.loads(json.dumps(found))["traceEvents"]
+@pytest.mark.parametrize("name, read", [("x.json", open), ("x.json.gz", gzip.open)])
+def test_chrome_trace_has_a_process_a_rank_and_a_thread_a_role(name, read, lists, tmp_path):
+    trace.write_chrome_trace(trace.spans_of([lists, lists]), 'a "case"', tmp_path / name)
+    with read(tmp_path / name) as file:
+        events = json.load(file)["traceEvents"]
     meta = [e for e in events if e["ph"] == "M"]
     names = {(e["pid"], e["args"]["name"]) for e in meta if e["name"] == "thread_name"}
     assert names == {(r, f"CTA {c:03} {role}") for r in (0, 1) for c, role in WRITTEN}
     assert [e["args"]["name"] for e in meta if e["name"] == "process_name"] == ["rank 0", "rank 1"]
+    assert [e["args"]["labels"] for e in meta if e["name"] == "process_labels"] == ['a "case"'] * 2
     assert len({(e["pid"], e["tid"]) for e in meta if e["name"] == "thread_name"}) == 2 * len(WRITTEN)
     complete = [e for e in events if e["ph"] == "X"]
     assert len(complete) == 2 * len(trace.spans(0, lists)) and min(e["ts"] for e in complete) == 0
@@ -115,7 +127,7 @@ def test_summary_without_records_says_why():
 
 def test_a_full_list_is_said():
     full = {(0, "store"): [(i, "tile", i) for i in range(1, layout.TRACE_RECORDS + 1)]}
-    found = trace.summary([trace.decode(buffer(full, 1).flatten().tolist(), 1)])
+    found = trace.summary([trace.decode(buffer(full, 1).numpy(), 1)])
     assert found["full_lists"] == 1 and "1 lists are full" in trace.report(found)
 
 
@@ -126,23 +138,44 @@ def test_without_a_gpu_it_is_not_run(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err == "not run: no GPU\n" and not out.exists()
 
 
+def test_a_folder_that_is_not_there_is_said_before_anything_runs(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        cli.main(["trace", "--png", str(tmp_path / "none" / "x.png")])
+    assert "none/x.png: its folder does not exist" in capsys.readouterr().err
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["trace", "--help"])
+    said = capsys.readouterr().out
+    assert "torchrun.sh 8 -m megamoe trace" in said and all(word in said for word in trace.EXPOSED_WORDS)
+    roles, events = re.findall(r"[a-z]+[01]?", said), re.findall(r"[a-z_]+", said)
+    assert not set(layout.TRACE_ROLES) - set(roles)
+    assert not set(layout.TRACE_EVENTS) - set(events)
+
+
 def test_the_verb_writes_the_file_and_the_table(monkeypatch, capsys, tmp_path, lists):
     """Everything but the call on the GPU (tests/gpu/test_trace.py)."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(megamoe, "support", lambda *_, **__: type("Able", (), {"ok": True, "reasons": ()}))
     asked = {}
 
-    def traced(config, num_tokens, virtual_ranks, prequantized):
+    def traced(config, num_tokens, virtual_ranks, prequantized, *, routing, group, phase):
+        phase("the call")
         asked.update(config=config, num_tokens=num_tokens, ranks=virtual_ranks, prequantized=prequantized)
-        return [lists, lists], "the case"
+        assert group is None and routing == "uniform"
+        return traced_call.Traced([lists, lists], "the case", None)
 
-    monkeypatch.setattr(trace, "trace_call", traced)
+    monkeypatch.setattr(traced_call, "trace_call", traced)
     out = tmp_path / "x.trace.json"
     sizes = ["--hidden", "256", "--intermediate", "128", "--experts", "8", "--topk", "2", "--tokens", "5"]
     assert cli.main(["trace", *sizes, "--virtual-ranks", "2", "--bf16", "--out", str(out)]) == 0
     assert (asked["config"].hidden, asked["config"].topk, asked["num_tokens"], asked["ranks"]) == (256, 2, 5, 2)
     assert not asked["prequantized"]
-    assert "pushed > combined" in capsys.readouterr().out
+    said, err = capsys.readouterr()
+    assert "pushed > combined" in said and "slowest rank" not in said
+    begun = re.findall(r"trace: +[\d.]+ s  (\S+)", err)
+    assert begun == ["the", "summary", str(out), "done;"] and "the call 0.0, summary 0.0" in err
     assert len({e["pid"] for e in json.loads(out.read_text())["traceEvents"]}) == 2
     assert cli.main(["trace", *sizes, "--out", str(out), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -153,3 +186,9 @@ def test_illegal_sizes_are_named(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert cli.main(["trace", "--hidden", "100"]) == 2
     assert "hidden=100 must be a multiple of 128" in capsys.readouterr().err
+    for name, value in launcher_variables(0, 8, 1).items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["trace", "--virtual-ranks", "2"]) == 2
+    assert "virtual_ranks=2 on 8 ranks of a launcher" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["trace", "--experts", "12"]) == 2 and not capsys.readouterr().err  # rank 0 says it

@@ -63,6 +63,7 @@ def test_without_matplotlib_the_picture_can_be_drawn_elsewhere(tmp_path, monkeyp
 
 def test_a_few_ctas_of_each_rank_are_picked():
     one = trace.spans(0, lists())
-    many = [span._replace(cta=cta, rank=rank) for rank in range(2) for cta in range(132) for span in one]
-    kept = {(span.rank, span.cta) for span in trace_picture.pick(many)}
-    assert len(kept) == 2 * trace_picture.CTAS and (1, 110) in kept
+    for num_ranks, each in ((2, trace_picture.CTAS), (8, 3), (32, 2)):
+        many = [span._replace(cta=cta, rank=rank) for rank in range(num_ranks) for cta in range(132) for span in one]
+        kept = {(span.rank, span.cta) for span in trace_picture.pick(many)}
+        assert len(kept) == num_ranks * each and (1, 132 * (each - 1) // each) in kept

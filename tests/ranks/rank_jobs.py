@@ -4,11 +4,12 @@ import json
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
-from megamoe import EPConfig, MegaMoEError, MoEConfig, MoELayer, Workspace, plan_experts
+from megamoe import EPConfig, MegaMoEError, MoEConfig, MoELayer, Workspace, plan_experts, warmup
 from megamoe.exchange import LocalExchange
 from megamoe.plan import popularity
 from megamoe.ranks import init_process_group
@@ -73,6 +74,22 @@ def one_cannot(info):
     try:
         Workspace(SMALL, EPConfig(16), device="cpu" if info.ep_rank == 0 else "cuda:99")
     except ValueError as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
+def lead_cannot_compile(info):
+    """Rank 0 compiles for longer than the deadline, then fails: rank 1 waits for it and says why."""
+    def broken(*_):
+        time.sleep(2.5)
+        raise OSError("no space left")
+
+    warmup.compile_for = broken
+    ep_config = EPConfig(16, arrive_deadline_s=1.0)
+    workspace = SimpleNamespace(group=dist.group.WORLD, ep_config=ep_config, moe_configs=(SMALL,), ep_size=info.ep_size)
+    try:
+        warmup.compile_once_a_node(workspace)
+    except RuntimeError as error:
         return {"error": str(error)}
     return {"error": None}
 

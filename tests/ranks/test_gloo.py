@@ -46,6 +46,11 @@ def test_a_rank_that_cannot_start_is_named_on_every_rank():
         assert result["error"].startswith("rank 1: device=cuda:99")
 
 
+def test_the_rank_that_compiles_is_waited_for_and_its_failure_is_told():
+    for result in run("lead_cannot_compile", 2):
+        assert result["error"] == "rank 0 could not compile the kernel: OSError: no space left"
+
+
 def test_a_refused_rank_is_named_by_the_others_at_their_deadline():
     first, second, last = run("refused", 3)
     assert last["kind"] == "ValueError"
