@@ -3,7 +3,7 @@ all of it."""
 
 from typing import NamedTuple
 
-from megamoe.plan.tiles import TILES
+from megamoe.plan.tiles import TILES, choose_block_tokens, reachable_tiles
 from megamoe_cuda.compile import debug_level
 
 DEBUG_SPILL_BYTES = 320
@@ -48,3 +48,21 @@ def kernel_build(
 
 def kernel_builds(extras: bool = False, plans: bool = False) -> tuple[KernelBuild, ...]:
     return tuple(kernel_build(block, form, extras, plans=plans) for form, tiles in TILES.items() for block in tiles)
+
+
+def builds_of(configs, ep_size: int, capacity: int) -> list[tuple[str, int, bool]]:
+    """kernel_key of every kernel that calls of up to `capacity` tokens a rank can choose."""
+    return sorted({kernel_key(c, block) for c in configs for block in reachable_tiles(c, ep_size, capacity)})
+
+
+def check_blocks(configs, ep_size: int, ep_config) -> None:
+    """ValueError where one rank could have more blocks of tokens than the kernel counts, in 16 bits."""
+    capacity = ep_config.num_max_tokens_per_rank
+    for c in configs:
+        rows = capacity * (ep_size * c.topk + c.num_shared_experts)
+        block = choose_block_tokens(c, ep_size, capacity)
+        if rows // block + ep_config.num_slots(c, ep_size) + c.num_shared_experts > 65535:
+            raise ValueError(
+                f"num_max_tokens_per_rank={capacity} on {ep_size} ranks with topk={c.topk} can put {rows} rows on one "
+                f"rank, more than {65535 * block}; lower num_max_tokens_per_rank"
+            )

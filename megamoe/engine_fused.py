@@ -6,14 +6,13 @@ import math
 import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megamoe import canaries, layout
-from megamoe.builds import kernel_build, kernel_key, needs_extras
+from megamoe.builds import builds_of, check_blocks, kernel_build, needs_extras
 from megamoe.config import MoEConfig
 from megamoe.device_error import device_error
 from megamoe.errors import ErrorRecord, MegaMoEError
@@ -30,8 +29,8 @@ from megamoe_cuda.gather import busy, gather
 from megamoe_cuda.launch import BoundLaunch, LoadedKernel, read_symbol_u32
 from megamoe_cuda.symmetric import HostStatus, NvshmemMemory, OneGpuMemory
 
-CALL_ADDRESSES = struct.Struct("=6Q")
-"""The first six fields of layout.RankParams, x to y."""
+write_addresses = struct.Struct("=6Q").pack_into
+"""The first six fields of layout.RankParams, x to y, with one call."""
 IMAGES = {"fp8": fp8_images, "mxfp4": mxfp4_images}
 """How a weight format is packed: image_shape and pack_expert."""
 
@@ -59,11 +58,6 @@ def together(group, deadline_s: float):
             raise MegaMoEError(f"rank {rank} could not prepare its workspace: {theirs}", record)
 
 
-def builds_of(configs, ep_size: int, capacity: int) -> list[tuple[str, int, bool]]:
-    """kernel_key of every kernel that calls of up to `capacity` tokens a rank can choose."""
-    return sorted({kernel_key(c, block) for c in configs for block in tiles.reachable_tiles(c, ep_size, capacity)})
-
-
 class FusedWorkspace:
     """Symmetric arena, local workspace, status record and loaded kernels of one process.
 
@@ -86,7 +80,7 @@ class FusedWorkspace:
 
     def _prepare(self, workspace) -> int:
         """Kernels, local memory and the status record; nothing here waits for a peer. -> bytes of the arena"""
-        self.device = workspace.device
+        self.device, self.device_index = workspace.device, workspace.device.index
         self.ep_size, self.num_ranks = workspace.ep_size, workspace.num_ranks_here
         self.first_rank = 0 if workspace.ep_config.virtual_ranks else workspace.ep_rank
         self.ep_config = workspace.ep_config
@@ -102,7 +96,7 @@ class FusedWorkspace:
                     f"num_sms={num_sms} is less than virtual_ranks={self.num_ranks}; give each rank two SMs"
                 )
             self.dims = layout.dims_of(workspace.moe_configs, self.ep_config, self.ep_size, self.ctas_per_rank)
-            _check_blocks(workspace.moe_configs, self.ep_size, self.ep_config)
+            check_blocks(workspace.moe_configs, self.ep_size, self.ep_config)
             self.debug = debug_level() > 0
             self.regions, arena_bytes, local_bytes = layout.place(self.dims, canaries.GAP if self.debug else 0)
             self.kernels = self._load_kernels(workspace.moe_configs)
@@ -111,6 +105,8 @@ class FusedWorkspace:
             ]
             self.status = HostStatus(self.num_ranks * ctypes.sizeof(layout.KernelStatus))
             self.records = list((layout.KernelStatus * self.num_ranks).from_buffer(self.status.host))
+            words = memoryview(self.status.host).cast("B").cast("I")
+            self.codes = words[:: len(words) // self.num_ranks]  # of the records, for a look at each call
         return arena_bytes
 
     def _load_kernels(self, configs) -> dict[tuple[str, int, bool], LoadedKernel]:
@@ -173,9 +169,8 @@ class FusedWorkspace:
         if self.debug and not torch.cuda.is_current_stream_capturing():
             torch.cuda.synchronize(self.device)
             self._check_canaries()
-        for record in self.records:
-            if record.code:
-                raise device_error(self.records, self.ids_are_mapped)
+        if any(self.codes):
+            raise device_error(self.records, self.ids_are_mapped)
 
     def _check_canaries(self) -> None:
         for where, memories in (("symmetric", self.memory.local), ("local", self.local)):
@@ -201,7 +196,7 @@ class FusedWorkspace:
         """Collective: gives the symmetric memory back after all ranks' work is done."""
         torch.cuda.synchronize(self.device)
         self.memory.close()
-        self.records = []  # views of what the next line frees
+        self.records, self.codes = [], ()  # views of what the next line frees
         self.status.close()
         for kernel in self.kernels.values():
             kernel.close()
@@ -211,19 +206,6 @@ class FusedWorkspace:
 def _compiled(weight_format: str, block: int, extras: bool, plans: bool, **defines: int) -> CompiledKernel:
     build = kernel_build(block, weight_format, extras, plans=plans)
     return compile_kernel(build.source, build.entry, build.defines | defines)
-
-
-def _check_blocks(configs, ep_size: int, ep_config) -> None:
-    # The kernel counts token blocks in 16 bits
-    capacity = ep_config.num_max_tokens_per_rank
-    for c in configs:
-        rows = capacity * (ep_size * c.topk + c.num_shared_experts)
-        block = tiles.choose_block_tokens(c, ep_size, capacity)
-        if rows // block + ep_config.num_slots(c, ep_size) + c.num_shared_experts > 65535:
-            raise ValueError(
-                f"num_max_tokens_per_rank={capacity} on {ep_size} ranks with topk={c.topk} can put {rows} rows on one "
-                f"rank, more than {65535 * block}; lower num_max_tokens_per_rank"
-            )
 
 
 class FusedEngine:
@@ -254,9 +236,9 @@ class FusedEngine:
         self.cuts = shared.cuts.setdefault(config, {})
         self.launches: dict[LoadedKernel, BoundLaunch] = {}  # of self.params
         self.kind = self.cut = self.key = None  # of the last call: what self.params hold
+        self.kernel = self.launch = None  # of the last call
         self.ranks = [p.ranks[i] for i in range(shared.num_ranks)]
-        # One write instead of six fields
-        self.writers = [partial(CALL_ADDRESSES.pack_into, memoryview(rank).cast("B"), 0) for rank in self.ranks]
+        self.address_fields = [memoryview(rank).cast("B") for rank in self.ranks]
         # Without slots or staging memory for plans ids are slots, and the kernel does nothing for them
         self.replicas: DeviceReplicas | None = None
         if shared.ep_config.takes_plans:
@@ -344,26 +326,46 @@ class FusedEngine:
         self, inputs: Sequence[RankInput], num_tokens_bound: int, outs: Sequence[Tensor | None], kind=None, stream=None
     ) -> list[Tensor]:
         # Host time of every call: of one whose kind the last one had, only addresses are written
-        shared, device = self.shared, self.shared.device
-        if torch.accelerator.current_device_index() != device.index:
-            with torch.cuda.device(device):
+        shared = self.shared
+        if torch.accelerator.current_device_index() != shared.device_index:
+            with torch.cuda.device(shared.device):
                 return self.forward(inputs, num_tokens_bound, outs, kind, stream)
-        shared.check()
+        if shared.debug or any(shared.codes):
+            shared.check()
         if kind is None or kind is not self.kind or self.cuts.get(num_tokens_bound) is not self.cut:
             self._prepare(inputs, num_tokens_bound, kind)
         results = []
-        for write, (x, x_sf, topk_idx, topk_weights, num_tokens), out in zip(self.writers, inputs, outs, strict=True):
+        for i, (x, x_sf, topk_idx, topk_weights, num_tokens) in enumerate(inputs):
+            out = outs[i]
             if out is None:
-                out = torch.empty(x.shape[0], self.config.hidden, dtype=torch.bfloat16, device=device)
-            write(
-                x.data_ptr(), 0 if x_sf is None else x_sf.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr(),
-                0 if num_tokens is None else num_tokens.data_ptr(), out.data_ptr(),
+                out = torch.empty_like(x, dtype=torch.bfloat16)
+            write_addresses(
+                self.address_fields[i], 0, x.data_ptr(), 0 if x_sf is None else x_sf.data_ptr(), topk_idx.data_ptr(),
+                topk_weights.data_ptr(), 0 if num_tokens is None else num_tokens.data_ptr(), out.data_ptr(),
             )  # fmt: skip
             results.append(out)
-        kernel = shared.kernels[self.key]  # not kept: builds for traces and tests take a kernel's place
-        launch = self.launches.get(kernel) or self._new_launch(kernel)
-        launch(current_stream_handle(device) if stream is None else stream)
+        kernel = shared.kernels[self.key]  # builds for traces and tests take a kernel's place
+        if kernel is not self.kernel:
+            self.kernel, self.launch = kernel, self.launches.get(kernel) or self._new_launch(kernel)
+        self.launch(current_stream_handle(shared.device_index) if stream is None else stream)
         return results
+
+    def repeat(self, kind, num_tokens_bound: int, addresses: tuple[int, ...], stream: int) -> bool:
+        """forward for one rank and a kind that the last call had, with the addresses of its tensors; False: nothing was
+        done, since something else is not as it was then."""
+        shared = self.shared
+        if (
+            kind is not self.kind
+            or self.cuts.get(num_tokens_bound) is not self.cut
+            or shared.kernels.get(self.key) is not self.kernel
+            or shared.debug
+            or any(shared.codes)
+            or torch.accelerator.current_device_index() != shared.device_index
+        ):
+            return False
+        write_addresses(self.address_fields[0], 0, *addresses)
+        self.launch(stream)
+        return True
 
     def _prepare(self, inputs: Sequence[RankInput], num_tokens_bound: int, kind) -> None:
         """All that calls of one kind share: sizes, dtypes, how the launch is cut, which kernel."""
@@ -395,4 +397,4 @@ class FusedEngine:
         self.shared.check()
 
     def close(self) -> None:
-        self.images, self.launches = [], {}
+        self.images, self.launches, self.kernel, self.launch = [], {}, None, None

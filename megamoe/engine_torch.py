@@ -22,6 +22,8 @@ class TorchEngine:
     load_count: per rank held here (logical int64 [num_experts], physical int64 [slots]), rows served so far.
     """
 
+    repeat = None
+
     def __init__(self, config: MoEConfig, workspace):
         self.config = config
         self.exchange = workspace.exchange
@@ -94,6 +96,7 @@ class TorchEngine:
     def settle(self) -> None:
         """Nothing to wait for: stage() has received everything."""
 
+    @torch.no_grad()
     def forward(
         self, inputs: Sequence[RankInput], num_tokens_bound: int, outs: Sequence[Tensor | None], kind=None, stream=None
     ) -> list[Tensor]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 
 from megamoe.config import BLOCK, EPConfig, MoEConfig
 from megamoe.layout import MXFP4_GROUP
@@ -12,6 +13,8 @@ from megamoe.quant import mxfp4
 from megamoe.quant.fp8 import E4M3, quantize_blocks
 from megamoe.steps import ExpertWeights, RankInput
 
+ALIGNMENT = 16
+"""Bytes, of hidden_states and out: what one lane loads and stores."""
 LOADABLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -34,8 +37,25 @@ def tensor(
         raise ValueError(f"{name} is on {value.device}, the workspace on {device}; move it with .to('{device}')")
     if not value.is_contiguous():
         raise ValueError(f"{name} has strides {value.stride()}; make it contiguous with .contiguous()")
-    if aligned and value.data_ptr() % 16:
-        raise ValueError(f"{name} starts at an address that is no multiple of 16 bytes; use .clone()")
+    if aligned and value.data_ptr() % ALIGNMENT:
+        raise ValueError(f"{name} starts at an address that is no multiple of {ALIGNMENT} bytes; use .clone()")
+
+
+def per_rank(virtual_ranks: int | None, name: str, value) -> Sequence:
+    """An argument as one entry per rank held here."""
+    if virtual_ranks is None:
+        return (value,)
+    if value is None:
+        return (None,) * virtual_ranks
+    if isinstance(value, list) and len(value) == virtual_ranks:
+        return value
+    got = f"is a list of {len(value)}" if isinstance(value, list) else f"has type {type(value).__name__}"
+    raise TypeError(f"{name} {got}; virtual_ranks={virtual_ranks} needs a list of {virtual_ranks}, one entry per rank")
+
+
+def suffixes(virtual_ranks: int | None) -> Sequence[str]:
+    """`rank` of each rank held here."""
+    return ("",) if virtual_ranks is None else tuple(f"[{rank}]" for rank in range(virtual_ranks))
 
 
 def expert_weights(
@@ -162,62 +182,79 @@ class Kind:
     """What calls share whose arguments differ in values and addresses alone, on one workspace: the object itself. An
     engine that has served one has only addresses to write for the next.
 
-    num_tokens: rows given; input_bytes: of hidden_states without scale factors."""
+    num_tokens: rows given; input_bytes: of hidden_states without scale factors; is_pair: whether those came along."""
 
-    __slots__ = ("input_bytes", "num_tokens")
+    __slots__ = ("_are_alike", "_has_num_tokens", "_has_out", "input_bytes", "is_pair", "num_tokens")
 
-    def __init__(self, x: Tensor):
-        self.num_tokens, self.input_bytes = x.shape[0], x.nbytes
+    def __init__(self, x: Tensor, x_sf: Tensor | None, topk_idx, topk_weights, num_tokens, out):
+        """Arguments that have passed the checks."""
+        self.num_tokens, self.input_bytes, self.is_pair = x.shape[0], x.nbytes, x_sf is not None
+        self._has_num_tokens, self._has_out = num_tokens is not None, out is not None
+        tensors = [t for t in (x, topk_idx, topk_weights, x_sf, num_tokens, out) if t is not None]
+        # One call of 0.3 us for classes, dtypes, devices, shapes, strides and what else tells tensors apart. It is
+        # torch.compile's own, and torch has no public name for it; as many attributes read in Python take 2 us
+        self._are_alike = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+    def addresses(self, value, topk_idx, topk_weights, num_tokens, out) -> tuple[int, int, int, int, int, int] | None:
+        """Of x, x_sf, topk_idx, topk_weights, num_tokens and out, 0 for what is not given. None: these arguments, which
+        may be anything, are not of this kind, and the checks have to look at them."""
+        if self.is_pair:
+            if value.__class__ is not tuple or len(value) != 2:
+                return None
+            x, x_sf = value
+            tensors = x, topk_idx, topk_weights, x_sf
+        else:
+            x, x_sf, tensors = value, None, (value, topk_idx, topk_weights)
+        if num_tokens is not None:
+            tensors += (num_tokens,)
+        if out is not None:
+            tensors += (out,)
+        if (
+            (num_tokens is not None) is not self._has_num_tokens
+            or (out is not None) is not self._has_out
+            or not self._are_alike(*tensors)
+        ):
+            return None
+        address, out_address = x.data_ptr(), 0 if out is None else out.data_ptr()
+        if (address | out_address) % ALIGNMENT or (address == out_address and self.num_tokens):
+            return None
+        return (
+            address, 0 if x_sf is None else x_sf.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr(),
+            0 if num_tokens is None else num_tokens.data_ptr(), out_address,
+        )  # fmt: skip
 
 
 class CallChecks:
     """The checks of a call's arguments, for layers of one config on one workspace.
 
-    What they look at, values aside, is also a key: arguments like some that have passed are not looked at again. It
-    spares the calls of a model about 5 us each, all but the first with its number of tokens.
+    Arguments of a Kind that has passed are not looked at again: it spares the calls of a model about 7 us each, all but
+    the first with its number of tokens.
     """
 
-    MAX_PASSED = 4096
+    MAX_KINDS = 4096
 
     def __init__(self, config: MoEConfig, device: torch.device, capacity: int):
         self.config, self.device, self.capacity = config, device, capacity
         self.look_at_values = device.type == "cpu"  # elsewhere that stops the stream: the kernel finds these itself
-        self._passed: dict[tuple, Kind] = {}
-        self._last: tuple[tuple | None, Kind | None] = None, None  # comparing costs less than hashing
+        self._kinds: dict[tuple, Kind] = {}  # the last one of each key
 
     def take(
         self, rank: str, value, topk_idx, topk_weights, num_tokens, output, bound: int, weight_dtype: torch.dtype | None
     ) -> tuple[RankInput, Kind]:
         """value: hidden_states; output: out. Errors as MoELayer.forward has them."""
-        is_pair = value.__class__ is tuple and len(value) == 2
-        x, x_sf = value if is_pair else (value, None)
-        try:  # all that hidden_states(), routing() and out() depend on
-            address = x.data_ptr()
-            key = (
-                x.__class__, x.dtype, x.shape, x.device, x.is_contiguous(), address % 16,
-                topk_idx.__class__, topk_idx.dtype, topk_idx.shape, topk_idx.device, topk_idx.is_contiguous(),
-                topk_weights.__class__, topk_weights.dtype, topk_weights.shape, topk_weights.device,
-                topk_weights.is_contiguous(), is_pair, bound, weight_dtype,
-                x_sf is None or (x_sf.__class__, x_sf.dtype, x_sf.shape, x_sf.device, x_sf.is_contiguous()),
-                num_tokens is None or (num_tokens.__class__, num_tokens.dtype, num_tokens.shape, num_tokens.device),
-                output is None or (output.__class__, output.dtype, output.shape, output.device, output.is_contiguous(),
-                                   (at := output.data_ptr()) % 16, at == address),
-            )  # fmt: skip
-        except (AttributeError, RuntimeError, TypeError):  # as of None, a sparse tensor, an array of another kind
-            key = None
-        last, kind = self._last
-        if key is None or key != last:
-            kind = self._passed.get(key)
-            if kind is None:
-                x, x_sf = hidden_states(self.config, self.device, rank, value, weight_dtype)
-                routing(self.config, self.device, rank, x, topk_idx, topk_weights, num_tokens, bound, self.capacity)
-                out(self.config, self.device, rank, output, x, weight_dtype)
-                kind = Kind(x)
-                if len(self._passed) == self.MAX_PASSED:
-                    self._passed.clear()
-                if key is not None:
-                    self._passed[key] = kind
-            self._last = key, kind
+        x = value[0] if value.__class__ is tuple and value else value
+        shape = x.shape if isinstance(x, Tensor) else None
+        key = shape, value is x, num_tokens is None, output is None, bound, weight_dtype
+        kind = self._kinds.get(key)
+        if kind is None or kind.addresses(value, topk_idx, topk_weights, num_tokens, output) is None:
+            x, x_sf = hidden_states(self.config, self.device, rank, value, weight_dtype)
+            routing(self.config, self.device, rank, x, topk_idx, topk_weights, num_tokens, bound, self.capacity)
+            out(self.config, self.device, rank, output, x, weight_dtype)
+            if len(self._kinds) == self.MAX_KINDS:
+                self._kinds.clear()
+            kind = self._kinds[key] = Kind(x, x_sf, topk_idx, topk_weights, num_tokens, output)
+        else:
+            x, x_sf = value if kind.is_pair else (value, None)
         # Its own constructor, a function of Python, takes twice as long
         rank_input = tuple.__new__(RankInput, (x, x_sf, topk_idx, topk_weights, num_tokens))
         if self.look_at_values:

@@ -6,19 +6,19 @@ from typing import NamedTuple
 
 @dataclass(slots=True)
 class Counters:
-    """What a layer counts; apart from it, since nn.Module takes 2 us for each attribute that is set."""
+    """What a layer counts."""
 
     calls: int = 0
     failed: int = 0
     tokens: int = 0
     input_bytes: int = 0
 
-    def add(self, kinds) -> None:
-        """A call that was taken. kinds: layer_checks.Kind of each rank here."""
-        self.calls += 1
+    def add(self, kinds, calls: int = 1) -> None:
+        """Calls that were taken. kinds: layer_checks.Kind of each rank here."""
+        self.calls += calls
         for kind in kinds:
-            self.tokens += kind.num_tokens
-            self.input_bytes += kind.input_bytes
+            self.tokens += calls * kind.num_tokens
+            self.input_bytes += calls * kind.input_bytes
 
 
 class Stats(NamedTuple):

@@ -2,12 +2,10 @@
 
 import torch
 
-
-def current_stream_handle(device: torch.device) -> int:
-    """What torch.cuda.current_stream(device).cuda_stream is, without the object, which costs 1 to 2 us.
-
-    torch offers no public name for it; Triton's launcher and torch.compile's code call this one."""
-    return torch._C._cuda_getCurrentRawStream(device.index)
+current_stream_handle = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+"""What torch.cuda.current_stream(device_index).cuda_stream is, without the object, which costs 1 to 2 us; None where
+torch is built without CUDA. torch offers no public name for it; Triton's launcher and torch.compile's code call this
+one."""
 
 
 class StreamOwner:

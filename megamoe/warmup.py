@@ -34,8 +34,7 @@ def compile_once_a_node(workspace) -> None:
 
 def compile_for(configs, ep_size: int, ep_config) -> list:
     """Compile into the cache every kernel that calls on such a workspace can choose; needs no GPU."""
-    from megamoe.builds import kernel_build
-    from megamoe.engine_fused import builds_of
+    from megamoe.builds import builds_of, kernel_build
     from megamoe_cuda.compile import compile_kernel
 
     wanted = builds_of(configs, ep_size, ep_config.num_max_tokens_per_rank)

@@ -48,7 +48,7 @@ class Workspace:
         self.moe_configs = (moe_configs,) if isinstance(moe_configs, MoEConfig) else tuple(moe_configs)
         self.ep_config = ep_config
         self.device = _device(device)
-        self.is_cuda = self.device.type == "cuda"
+        self.device_index, self.is_cuda = self.device.index, self.device.type == "cuda"
         self.poisoned: MegaMoEError | None = None
         self.closed = False
         self.num_layers = 0  # made so far: a layer's number, by which ranks know each other's calls
@@ -106,7 +106,7 @@ class Workspace:
     def before_call(self, layer_index: int) -> int | None:
         """What every call of a layer begins with: one stream at a time, the same order on all ranks (MEGAMOE_DEBUG).
         -> handle of the current stream, None on a CPU"""
-        stream = current_stream_handle(self.device) if self.is_cuda else None
+        stream = current_stream_handle(self.device_index) if self.is_cuda else None
         if stream is not None and stream != self.streams.handle:
             self.streams.check(torch.cuda.current_stream(self.device), torch.cuda.is_current_stream_capturing)
         if self.order is not None:

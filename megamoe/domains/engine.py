@@ -59,6 +59,8 @@ def in_order(count: int, dispatch: Callable, serve: Callable, back: Callable) ->
 class TwoLevelEngine:
     """Behind MoELayer, like TorchEngine and FusedEngine. Lists are per rank held here."""
 
+    repeat = None
+
     def __init__(self, config: MoEConfig, workspace):
         self.config, self.domains = config, workspace.domains
         self.limit = workspace.ep_config.domain_tokens
@@ -86,6 +88,7 @@ class TwoLevelEngine:
         for engine, part in zip(self.engines, self.domains.by_domain(weights), strict=True):
             engine.load_weights(part)
 
+    @torch.no_grad()
     def forward(
         self, inputs: Sequence[RankInput], num_tokens_bound: int, outs: Sequence[Tensor | None], kind=None, stream=None
     ) -> list[Tensor]:

@@ -56,6 +56,36 @@ def test_biases_are_taken_in_any_floating_dtype_and_only_where_the_config_has_th
             )
 
 
+def test_a_call_runs_hooks_and_what_stands_in_for_forward(monkeypatch):
+    layer, case, _ = make_layer()
+    x, _, topk_idx, topk_weights, _ = case.inputs[0]
+    seen = []
+    for name, register in (
+        ("before", layer.register_forward_pre_hook), ("after", layer.register_forward_hook),
+        ("any before", torch.nn.modules.module.register_module_forward_pre_hook),
+        ("any after", torch.nn.modules.module.register_module_forward_hook),
+    ):  # fmt: skip
+        hook = register(lambda *_, name=name: seen.append(name))
+        layer(x, topk_idx, topk_weights)
+        hook.remove()
+        layer(x, topk_idx, topk_weights)
+    assert seen == ["before", "after", "any before", "any after"]
+    for owner, name in ((layer, "forward"), (layer, "_compiled_call_impl"), (MoELayer, "forward"),
+                        (torch.nn.Module, "__call__")):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda *_, **named: "stand-in", raising=False)
+            assert layer(x, topk_idx, topk_weights) == "stand-in"
+        assert layer(x, topk_idx, topk_weights).shape == x.shape
+
+
+def test_gradients_are_off_in_a_call_and_as_before_after_it():
+    layer, case, (expected,) = make_layer()
+    x, _, topk_idx, topk_weights, _ = case.inputs[0]
+    with torch.enable_grad():
+        y = layer(x.clone().requires_grad_(), topk_idx, topk_weights.float().requires_grad_())
+        assert torch.is_grad_enabled() and not y.requires_grad and torch.equal(y, expected)
+
+
 def test_virtual_ranks_take_and_return_lists():
     layer, case, expected = make_layer(virtual_ranks=2, num_tokens=[5, 0])
     x, _, topk_idx, topk_weights, _ = map(list, zip(*case.inputs, strict=True))
