@@ -50,8 +50,9 @@ struct RowPiece {
 template <class C>
 MOE_DEVICE void copy_row(const Launch& l, u32 name, u32 place, u32 place_before, u32 lane) {
     const u8* from = l.recv_x(l.me.ep_rank, row_src_rank(name), row_token(name)) + lane * 16;
-    u8* to = l.x_image(place / C::kBlockTokens, lane / 8, C::kHImageBytes) +
-             swizzle_128b(place % C::kBlockTokens, lane % 8 * 16);
+    // Not the accessor of the lane's own image: with hidden < 512 some lanes have none, and debug builds would say so.
+    u8* to = l.x_image(place / C::kBlockTokens, 0, C::kHImageBytes) +
+             (lane / 8 * C::kHImageBytes + swizzle_128b(place % C::kBlockTokens, lane % 8 * 16));
 #pragma unroll 1
     for (i32 left = l.p.hidden; left > 0; left -= RowPiece::kColumns) {
         RowPiece piece;

@@ -213,7 +213,7 @@ MOE_DEVICE void combine(const Launch& l, SharedStorage<C>& s) {
                 l, s, *reinterpret_cast<u8(*)[2][512]>(s.exchange_buffer[my_window()]), my_window(), ready, slots);
             if (__shfl_sync(~0u, s.watch_polls[my_window()], 0) % 64 == 0 && is_over(l, s, item, slots)) {
                 if (lane == 0) {
-                    s.watch_pending[my_window()] = 0;
+                    atomicAnd(&s.watch_pending[my_window()], 0u);  // an open window: math warps take items meanwhile
                     ptx::st_release_cta_shared(&s.watch_open[my_window()], 1);
                 }
                 break;
@@ -251,10 +251,13 @@ MOE_DEVICE void help_combine(const Launch& l, SharedStorage<C>& s) {
         u32 ready[kExchangeWarps] = {};
 #pragma unroll
         for (u32 w = 0; w < kExchangeWarps; ++w) {
-            const bool open = __shfl_sync(~0u, ptx::ld_acquire_cta_shared(&s.watch_open[w]), 0);
+            if (!__all_sync(~0u, ptx::ld_acquire_cta_shared(&s.watch_open[w]))) {  // each lane acquires for itself
+                done = false;
+                continue;
+            }
             const u32 pending = __shfl_sync(~0u, ptx::ld_relaxed_cta_shared(&s.watch_pending[w]), 0);
-            done &= open && pending == 0;
-            if (!open || pending == 0) continue;
+            if (pending == 0) continue;
+            done = false;
             const u32 item = window_item(l, s.watch_first[w], lane);
             if (!(seen >> w & 1)) slots[w] = watch(l, item), seen |= 1u << w;
             slots[w] = drop_arrived(l, item / l.p.combine_chunks, slots[w]);

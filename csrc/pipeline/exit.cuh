@@ -56,7 +56,8 @@ MOE_DEVICE void leave(const Launch& l, SharedStorage<C>& s, u32 thread, u32 num_
         if (s.aborted == 1 + l.me.ep_rank) {
             if (thread == 0) end_peers(l, s.aborted);
             __syncthreads();
-            for (u32 i = 0; i < ranks_of_launch(l); ++i) fill_nan(l.p.ranks[i], l.p.hidden, thread, num_threads);
+            for (u32 i = 0; i < ranks_of_launch(l); ++i)
+                if (l.p.ranks[i].ep_rank != l.me.ep_rank) fill_nan(l.p.ranks[i], l.p.hidden, thread, num_threads);
         }
     }
     __syncthreads();

@@ -57,8 +57,7 @@ template <class C>
 MOE_DEVICE void store_rows(const Launch& l, SharedStorage<C>& s, const TileSlot& t, const u32* rows, u32 parity,
                            u32 lane) {
     for (u32 group = 0; group < C::kStagingGroups; ++group) wait_mbarrier(&s.staging_full[group], parity);
-    bool publish = may_publish(l, s, t);
-    if constexpr (C::kDecodesAhead) publish = __all_sync(~0u, publish);
+    const bool publish = __all_sync(~0u, may_publish(l, s, t));  // lanes may see a launch become lost apart
     if constexpr (C::kWeightsOnM) {
         const u32 columns = min_u32(kNBlock, l.p.hidden - t.n_block * kNBlock);
         for (u32 r = lane; r < t.row_count && publish; r += 32) {

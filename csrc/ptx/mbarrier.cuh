@@ -21,8 +21,10 @@ MOE_DEVICE void mbarrier_arrive_expect_tx(u64* bar, u32 bytes) {
 MOE_DEVICE void mbarrier_arrive(u64* bar, u32 arrivals) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals) : "memory");
 }
-// On the same barrier of a CTA of the cluster. For stages that were only read: with .release.cluster, which would order
-// stores too, each arrival is a membar.gpu.
+// On the same barrier of a CTA of the cluster, for stages that were only read. The default scope, .cta, keeps the
+// arrival behind those reads, and it is the same instruction at any scope; but by the letter it orders nothing for the
+// other CTA. The letter costs, each arrival: .release.cluster a membar.gpu (benchmarks/notes/0001), a relaxed arrival
+// behind fence.release.sync_restrict a membar.cta and a proxy fence. Relaxed without that fence, it may pass the reads.
 MOE_DEVICE void mbarrier_arrive_cluster(u64* bar, u32 cluster_rank) {
     asm volatile(
         "{\n.reg .b32 remote;\n"

@@ -49,7 +49,7 @@ def at_exit(me: int, aborted: int, num_ranks: int, num_ctas: int, one_launch: bo
     if aborted != 1 + me:
         return own
     tell = tuple(("tell", r, aborted) for r in range(num_ranks))
-    others = spoil(range(num_ranks)) if one_launch and how.others else ()
+    others = spoil(r for r in range(num_ranks) if r != me) if one_launch and how.others else ()
     return own + (tell + others if how.told_first else others + tell)
 
 
@@ -133,6 +133,13 @@ def test_the_model_finds_what_is_wrong(how):
     assert any(not is_spoiled(state) for state in ends(2, 2, {(1, 0)}, True, how))
 
 
+@pytest.mark.parametrize("aborted", [1, 2])
+@pytest.mark.parametrize("one_launch", [True, False])
+def test_no_output_is_filled_twice(one_launch, aborted):
+    spoiled = [step for step in at_exit(0, aborted, 3, 2, one_launch, Exit()) if step[0] == "spoil"]
+    assert spoiled and len(set(spoiled)) == len(spoiled)
+
+
 def test_launches_that_lose_nothing_keep_their_numbers():
     (end,) = ends(2, 2, set(), True, Exit())
     assert {word for y in end.y for word in y} == {NUMBER} and not any(end.failed) and not any(end.abort)
@@ -143,6 +150,7 @@ def test_the_kernel_takes_these_steps_in_this_order():
     for steps in (
         (r"void end_peers", r"atom_cas_relaxed_sys\(l\.abort_word\(r\)", r"atom_add_acq_rel_gpu\(.*exit_counter"),
         (r"void leave", r"atom_add_acq_rel_gpu\(l\.exit_counter", r"s\.aborted = ", r"fill_nan\(l\.me", r"report\(",
-         r"end_peers\(l", r"__syncthreads", r"fill_nan\(l\.p\.ranks", r"atom_add_relaxed_gpu\(l\.exit_counter"),
+         r"end_peers\(l", r"__syncthreads", r"ep_rank != l\.me\.ep_rank\) fill_nan\(l\.p\.ranks",
+         r"atom_add_relaxed_gpu\(l\.exit_counter"),
     ):  # fmt: skip
         assert re.search(".*?".join(steps), text, re.DOTALL), steps

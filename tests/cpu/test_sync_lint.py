@@ -160,6 +160,26 @@ def test_rows_are_read_after_their_flag():
     assert text.index("drop_arrived") < text.index("combine_ready_items")
 
 
+# --- inside a CTA -----------------------------------------------------------------------------------------------------
+
+
+def test_helpers_read_a_window_only_where_every_lane_has_seen_it_open():
+    text = functions()["help_combine"]
+    seen = re.search(r"if \(!__all_sync\(~0u, ptx::ld_acquire_cta_shared\(&s\.watch_open.*?\{[^}]*continue;", text)
+    assert seen and not re.search("watch_(pending|first)", text[: seen.start()])
+
+
+def test_an_open_window_is_changed_by_atomics_only():
+    text = functions()["combine"]
+    stores = [store.start() for store in re.finditer(r"s\.watch_pending\[my_window\(\)\] =[^=]", text)]
+    assert len(stores) == 1 and stores[0] < text.index("ptx::st_release_cta_shared(&s.watch_open")
+    assert re.search(r"atomicAnd\(&s\.watch_pending\[my_window\(\)\], 0u\);\s*ptx::st_release_cta_shared", text)
+
+
+def test_the_store_warp_publishes_as_one():
+    assert "publish = __all_sync(~0u, may_publish(" in functions()["store_rows"]
+
+
 # --- the compiled kernels ---------------------------------------------------------------------------------------------
 
 
@@ -244,6 +264,12 @@ MUTATIONS = [
      lambda: test_a_system_fence_stands_between_the_rows_and_their_flag("store_rows")),
     ("pipeline/5_combine.cuh", r"l\.combine_y\(l\.me\.ep_rank", "l.combine_y(0",
      test_peers_are_written_by_the_known_functions_and_read_by_none),
+    ("pipeline/5_combine.cuh", r"__all_sync\(~0u, (ptx::ld_acquire_cta_shared\(&s\.watch_open)", r"__any_sync(~0u, \1",
+     test_helpers_read_a_window_only_where_every_lane_has_seen_it_open),
+    ("pipeline/5_combine.cuh", r"atomicAnd\(&s\.(watch_pending\[my_window\(\)\]), 0u\)", r"s.\1 = 0",
+     test_an_open_window_is_changed_by_atomics_only),
+    ("pipeline/store.cuh", r"__all_sync\(~0u, may_publish\(l, s, t\)\)", "may_publish(l, s, t)",
+     test_the_store_warp_publishes_as_one),
     ("pipeline/exit.cuh", r"l\.abort_word\(r\)", "l.at<u32>(r, l.p.off_abort)",
      test_only_the_accessors_know_addresses_of_arenas),
     ("ptx/ld_st.cuh", r"st\.relaxed\.sys\.global", "st.relaxed.gpu.global", test_wrappers_do_what_their_names_say),
