@@ -24,6 +24,20 @@ struct Config {
     // Few rows an expert: weights are the wgmma M side, so padding costs at most the rest of a
     // tile of tokens. Many: tokens are.
     static constexpr bool kWeightsOnM = kDecodesInLoop || kBlockTokens <= 64;
+    // Many rows: CTAs work in pairs. FP8 images: two token blocks against one weight block, of which each CTA loads
+    // half for both; that takes 32 instead of 48 KB a stage from the L2 cache: at full tensor rate 48 KB would be 10
+    // TB/s.
+    static constexpr bool kPairsBlocks = !kWeightsOnM;
+    // MXFP4: one token block against a weight block's two halves (gemm/split_rows.cuh), each CTA loading half of the
+    // rows for both. So a weight is decoded once for 192 rows: 256 weight rows leave registers for 96 sums a thread.
+    static constexpr bool kSplitsWeights = kDecodesInLoop && kBlockTokens > 96;
+    // Rows are copied once into expert order and loaded by bulk copies; else gathered for each tile.
+    static constexpr bool kInExpertOrder = kPairsBlocks || kSplitsWeights;
+    static constexpr u32 kCluster = kInExpertOrder ? 2 : 1;
+    static constexpr u32 kTilesABlock = kSplitsWeights ? 2 : 1;  // CTAs that share a token and weight block
+    static constexpr u32 kTileColumns = kNBlock / kTilesABlock;  // weight rows of a tile
+    // What a tile is computed from may be lost to the other CTA of the pair alone.
+    static constexpr bool kPartnerMayLose = kDecodesAhead || kSplitsWeights;
 
     static constexpr u32 kImageSfOffset = kDecodesInLoop ? kMxfp4ImageSfOffset : kFp8ImageSfOffset;
     static constexpr u32 kImageCopyBytes = kDecodesInLoop ? kMxfp4ImageCopyBytes : kFp8ImageCopyBytes;
@@ -31,17 +45,16 @@ struct Config {
     static constexpr u32 kMaxStages = kDecodesInLoop ? 12 : 8;
 
     static constexpr u32 kTokensBytes = kBlockTokens * kKBlock;
-    static constexpr u32 kStageBytes = align_up(kTokensBytes + kImageCopyBytes + kBlockTokens * 4, 1024);
+    // Weights of a stage: an image, or half the codes and all scales of one.
+    static constexpr u32 kStageSfOffset = kSplitsWeights ? kImageSfOffset - kMxfp4ScalesOffset / 2 : kImageSfOffset;
+    static constexpr u32 kStageBytes = align_up(kTokensBytes + kStageSfOffset + 16 + kBlockTokens * 4, 1024);
     static constexpr u32 kHImageBytes = kBlockTokens * (kKBlock + 4);
-    // Many rows: pairs of CTAs work on two token blocks against one weight image, each loading half of it for both.
-    // That takes 32 instead of 48 KB a stage from the L2 cache: at full tensor rate 48 KB would be 10 TB/s.
-    static constexpr u32 kCluster = kWeightsOnM ? 1 : 2;
     // Who may enter an epilogue on its own. Weights on M: a row's amax crosses both warpgroups. Tokens on M: a
     // warpgroup has whole rows, so one computes while the other is in its epilogue.
     static constexpr u32 kStagingGroups = kWeightsOnM ? 1 : 2;
-    // linear2 rows leave as bf16 through padded rows (528 B: no bank conflicts), or through 2 KB slices of the math
-    // warps.
-    static constexpr u32 kStagingRowBytes = kNBlock * 2 + 16;
+    // linear2 rows leave as bf16 through padded rows (528 or 272 B: no bank conflicts), or through 2 KB slices of the
+    // math warps.
+    static constexpr u32 kStagingRowBytes = kTileColumns * 2 + 16;
     static constexpr u32 kSliceBytes = 2048;
     static constexpr u32 kStagingBytes =
         align_up(kWeightsOnM ? kBlockTokens * kStagingRowBytes : max_u32(kHImageBytes, 8 * kSliceBytes), 128);
@@ -54,15 +67,16 @@ struct Config {
     static_assert(128 * (2 * kMathRegisters + kLoadRegisters + kExchangeRegisters) == 65536,
                   "the register file, exactly");
     static constexpr u32 kCombineLoads = kManySums ? 6 : 8;  // of 16 bytes that a combining lane has in flight
-    // On tokens_full. Weights on M: each tokens warp's lanes as their copies land, and lane 0 once more for the names
-    // of the rows. Tokens on M: the one copying thread.
-    static constexpr u32 kTokensArrivals = kWeightsOnM ? kTokensWarps * kGatherArrivals : 1;
+    // On tokens_full. Gathered: each tokens warp's lanes as their copies land, and lane 0 once more for the names of
+    // the rows. In expert order: the one copying thread.
+    static constexpr u32 kTokensArrivals = kInExpertOrder ? 1 : kTokensWarps * kGatherArrivals;
     // Routing tables up to this many slots are counted by every CTA alone; larger ones by the grid, with two barriers.
     static constexpr u32 kSmallTable = kManySums ? 0 : 3840;
 
     static constexpr u32 kSharedLimit = 232448;  // 227 KiB: the most a CTA can have on sm_90
     static_assert(kBlockTokens % 8 == 0 &&
-                  (kBlockTokens <= 64 || (kDecodesInLoop ? kBlockTokens <= 104 : kBlockTokens == 128)));
+                  (kBlockTokens <= 64 ||
+                   (kDecodesInLoop ? kBlockTokens == 96 || kBlockTokens == 192 : kBlockTokens == 128)));
 };
 
 constexpr u32 kTileSlots = 4;    // tiles announced ahead of the math warps
@@ -80,6 +94,12 @@ struct TileSlot {
     const u8* weights;         // its first image
 };
 enum TileKind : u32 { kTile_linear1, kTile_linear2, kTile_end };
+
+// What the tokens warp loads of a tile's rows, and from which first image.
+struct alignas(16) RowShare {
+    const u8* image;
+    u32 begin, count;
+};
 
 // Nothing in FP8 builds.
 template <bool kDecodes>
@@ -100,16 +120,19 @@ template <class C>
 struct SharedState : DecodeTable<C::kIsMxfp4> {
     u32 row_offset[kMaxLocalExperts + 1];                           // first row of an expert in the list
     u16 block_offset[kMaxLocalExperts + 1];                         // first token block of an expert
-    u16 pair_offset[C::kCluster > 1 ? kMaxLocalExperts + 1 : 1];    // first pair of token blocks of an expert
-    u16 single_offset[C::kCluster > 1 ? kMaxLocalExperts + 1 : 1];  // experts before with an odd block left over
+    u16 pair_offset[C::kPairsBlocks ? kMaxLocalExperts + 1 : 1];    // first pair of token blocks of an expert
+    u16 single_offset[C::kPairsBlocks ? kMaxLocalExperts + 1 : 1];  // experts before with an odd block left over
     u32 tile_rows[kTileSlots][C::kBlockTokens];
-    f32 tile_weights[kTileSlots][C::kBlockTokens];
+    alignas(8) f32 tile_weights[kTileSlots][C::kBlockTokens];
     TileSlot tiles[kTileSlots];
     // Of the tokens warps' current linear1 tile, where they gather it.
-    const u8* row_source[C::kWeightsOnM ? C::kBlockTokens : 1];
-    const f32* row_sf_source[C::kWeightsOnM ? C::kBlockTokens : 1];
-    f32 row_amax[8][C::kWeightsOnM ? C::kBlockTokens : 1];
-    f32 row_scale[C::kWeightsOnM ? C::kBlockTokens : 1];
+    const u8* row_source[C::kInExpertOrder ? 1 : C::kBlockTokens];
+    const f32* row_sf_source[C::kInExpertOrder ? 1 : C::kBlockTokens];
+    alignas(8) f32 row_amax[8][C::kWeightsOnM ? C::kBlockTokens : 1];
+    alignas(8) f32 row_scale[C::kWeightsOnM ? C::kBlockTokens : 1];
+    RowShare row_share;  // of the tokens warp's current tile, where a pair shares its rows
+    // The other CTA's amax of a row, as bits, where the pair shares its columns; two buffers, in turn.
+    u32 amax_turn, partner_amax[2][C::kSplitsWeights ? C::kBlockTokens : 1];
     // Of each exchange warp. decode_ahead: pieces on their way; combine: two bulk stores in flight.
     alignas(128) u8 exchange_buffer[kExchangeWarps][C::kDecodesAhead ? kDecodeRing : 2][512];
 
@@ -121,6 +144,7 @@ struct SharedState : DecodeTable<C::kIsMxfp4> {
     u64 tile_full[kTileSlots], tile_empty[kTileSlots], names_full[kTileSlots];
     u64 staging_full[C::kStagingGroups], staging_empty[C::kStagingGroups];
     u64 plan_agreed;                // of the cluster's CTAs
+    u64 amax_full;                  // of partner_amax
     u64 ticket_full[kTicketSlots];  // second CTA of a pair: the first has drawn
     u32 partner_ticket[kTicketSlots];
 
@@ -144,7 +168,7 @@ template <class C>
 struct SharedStorage : SharedState<C> {
     struct alignas(1024) Stage {
         u8 tokens[C::kTokensBytes];     // e4m3 rows, 128B swizzle
-        u8 weights[C::kImageSfOffset];  // one image: 256 rows x 128, as wgmma or the decoder reads them
+        u8 weights[C::kStageSfOffset];  // one image: 256 rows x 128, as wgmma or the decoder reads them; or half
         f32 weights_sf[4];              // its tail: two scale factors
         f32 tokens_sf[C::kBlockTokens];
     };

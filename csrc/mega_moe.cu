@@ -6,7 +6,7 @@
 //   warp   11     store     pipeline/store.cuh
 //   warps 12-15   exchange  pipeline/1_dispatch.cuh, 1_permute.cuh (tokens on M), then 5_combine.cuh
 //
-// Built once per tile size and weight format: -DBLOCK_TOKENS=8|16|32|64|128, -DWEIGHT_FORMAT=kMxfp4 (config.cuh).
+// Built once per tile size and weight format: -DBLOCK_TOKENS=, -DWEIGHT_FORMAT= (config.cuh).
 // -DEXTRAS (extras.cuh), -DPLANS (pipeline/1_dispatch.cuh): for layers that ask for it.
 #include "config.cuh"
 #include "debug/trace.cuh"
@@ -49,6 +49,7 @@ MOE_DEVICE void init_barriers(SharedStorage<C>& s) {
     }
     for (u32 i = 0; i < kTicketSlots; ++i) ptx::mbarrier_init(&s.ticket_full[i], 1);
     ptx::mbarrier_init(&s.plan_agreed, 2);
+    if constexpr (C::kSplitsWeights) ptx::mbarrier_init(&s.amax_full, C::kBlockTokens / 32);
     ptx::fence_mbarrier_init();
 }
 
@@ -59,7 +60,7 @@ using namespace moe;
 // Bytes of dynamic shared memory, read by the host: this file is where that number is known.
 extern "C" __device__ const u32 mega_moe_shared_bytes = kSharedBytes<Kernel>;
 
-#if BLOCK_TOKENS == 128
+#if BLOCK_TOKENS > 96
 #define MOE_CLUSTER __cluster_dims__(2, 1, 1)
 static_assert(Kernel::kCluster == 2);
 #else
@@ -78,7 +79,7 @@ extern "C" __global__ void MOE_CLUSTER __launch_bounds__(kNumThreads, 1)
 #ifdef TRACE
         for (u32 i = 0; i < kNumTraceRoles; ++i) s.trace_count[i] = 0;
 #endif
-        s.healthy = 1, s.partner_failed = 0, s.plan_done = 0;
+        s.healthy = 1, s.partner_failed = 0, s.plan_done = 0, s.amax_turn = 0;
         for (u32 i = 0; i < kExchangeWarps; ++i) s.watch_open[i] = 0;
     }
     make_decode_table(s, thread);
@@ -90,7 +91,7 @@ extern "C" __global__ void MOE_CLUSTER __launch_bounds__(kNumThreads, 1)
         ptx::setmaxnreg_dec<Kernel::kExchangeRegisters>();
         push_head<Kernel>(l);
         push_rows(l, s);
-        if constexpr (!Kernel::kWeightsOnM) permute_rows(l, s);
+        if constexpr (Kernel::kInExpertOrder) permute_rows(l, s);
         if (warp_id() == kExchangeWarp) trace(l, s, kTrace_exchange, kEvent_pushed, 0);
         combine(l, s);
         if (warp_id() == kExchangeWarp) trace(l, s, kTrace_exchange, kEvent_combined, 0);
@@ -110,7 +111,7 @@ extern "C" __global__ void MOE_CLUSTER __launch_bounds__(kNumThreads, 1)
                 if (lane == 0) load_weights(l, s);
             } else if (warp == kStoreWarp) {
                 store_tiles(l, s, lane);
-            } else if constexpr (Kernel::kWeightsOnM) {
+            } else if constexpr (!Kernel::kInExpertOrder) {
                 gather_tokens(l, s);
             } else if (warp == kTokensWarp) {
                 load_images(l, s, lane);

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megamoe.plan import tiles
-from megamoe.plan.tiles import BLOCK_TOKENS, TOKENS_ON_M
+from megamoe.plan.tiles import BLOCK_TOKENS, SPLITS_WEIGHTS, in_expert_order
 
 MAX_EP_SIZE = 32  # a bit of a 32-bit mask per destination rank
 MAX_VIRTUAL_RANKS = 8
@@ -92,11 +92,17 @@ class Dims:
     @property
     def image_rows(self) -> int:
         """Rows of x_image: those received, each expert rounded up to whole blocks; 0 where no call needs them."""
-        return self.rows + TOKENS_ON_M * self.num_local_experts if self.max_block_tokens == TOKENS_ON_M else 0
+        needed = in_expert_order(self.max_block_tokens)
+        return self.rows + self.max_block_tokens * self.num_local_experts if needed else 0
 
     @property
     def max_m_blocks(self) -> int:
         return max(self.m_blocks(b) for b in BLOCK_TOKENS)
+
+    @property
+    def max_h_parts(self) -> int:
+        """Most token blocks, counted by the CTAs that write a part of their h images."""
+        return max(self.max_m_blocks, 2 * self.m_blocks(SPLITS_WEIGHTS))
 
     @property
     def slices(self) -> int:
@@ -154,8 +160,8 @@ REGIONS = (
            "plan warps", "plan warps", "epoch of a CTA's counts"),
     Region("list_ready", "local", "u32", lambda d: (d.num_ctas,),
            "plan warps", "plan warps", "epoch of a CTA's part of row_list"),
-    Region("h_ready", "local", "u32", lambda d: (d.max_m_blocks, d.intermediate // K_BLOCK),
-           "store warp (linear1)", "tokens warp (linear2)", "epoch of an h image"),
+    Region("h_ready", "local", "u32", lambda d: (d.max_h_parts, d.intermediate // K_BLOCK),
+           "store warp (linear1)", "tokens warp (linear2)", "epoch of an h image, or of each half"),
     Region("block_done", "local", "u32", lambda d: (d.max_m_blocks,),
            "store warp (linear2)", "its last arriver, which zeroes it", "linear2 tiles done"),
     Region("range_count", "local", "u32", lambda d: (d.num_ctas, MAX_LOGICAL_EXPERTS),
@@ -338,7 +344,7 @@ def dims_of(moe_configs: Sequence, ep_config, ep_size: int, num_ctas: int = 132)
         num_staged_experts=staged,
         topk=max(c.topk for c in moe_configs),
         num_ctas=num_ctas,
-        max_block_tokens=max(tiles.choose_block_tokens(c, ep_size, capacity) for c in moe_configs),
+        max_block_tokens=max(max(tiles.reachable_tiles(c, ep_size, capacity)) for c in moe_configs),
         **_decoded(moe_configs, ep_config, ep_size),
     )
 

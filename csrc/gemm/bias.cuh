@@ -4,6 +4,7 @@
 #include "config.cuh"
 #include "extras.cuh"
 #include "gemm/mainloop_sums.cuh"
+#include "gemm/split_rows.cuh"
 #include "roles.cuh"
 #include "sync/wait.cuh"
 
@@ -24,18 +25,21 @@ MOE_DEVICE const f32* tile_bias(const Launch& l, const TileSlot& t) {
 template <class C>
 MOE_DEVICE void add_bias_weights_on_m(const Launch& l, Accumulator<C>& acc, const f32* bias, const f32* weights,
                                       bool second, u32 columns) {
+    constexpr u32 kN = Accumulator<C>::kN;
     const u32 warp = warp_id(), r = lane_id() / 4, q = lane_id() % 4;
 #pragma unroll
-    for (u32 part = 0; part < 2; ++part) {
-        const u32 low = second ? warp / 4 * 128 + part * 64 + warp % 4 * 16 + r  //
-                               : warp / 4 * 64 + part * 32 + warp % 4 * 8 + r;
+    for (u32 part = 0; part < Accumulator<C>::kParts; ++part) {
+        const u32 token = C::kSplitsWeights ? part * kN : 0;
+        const u32 low = C::kSplitsWeights ? SplitRows(second, l.cta % 2, warp).column(second) + r
+                        : second          ? warp / 4 * 128 + part * 64 + warp % 4 * 16 + r  //
+                                          : warp / 4 * 64 + part * 32 + warp % 4 * 8 + r;
         if (low >= columns) continue;  // for all of a warp: columns is a multiple of 128
         const f32 first = bias[low], other = bias[low + (second ? 8 : l.p.intermediate)];
 #pragma unroll
-        for (u32 j = 0; j < C::kBlockTokens / 8; ++j)
+        for (u32 j = 0; j < kN / 8; ++j)
 #pragma unroll
             for (u32 c = 0; c < 2; ++c) {
-                const f32 weight = second ? weights[8 * j + 2 * q + c] : 1.0f;
+                const f32 weight = second ? weights[token + 8 * j + 2 * q + c] : 1.0f;
                 acc.sum[part][4 * j + c] += weight * first;
                 acc.sum[part][4 * j + 2 + c] += weight * other;
             }
@@ -72,7 +76,7 @@ MOE_DEVICE void add_bias(const Launch& l, SharedStorage<C>& s, Accumulator<C>& a
     const bool second = t.kind == kTile_linear2;
     const f32* weights = s.tile_weights[t.number % kTileSlots];
     // Weights on M: the row weights came with the tile's first stage. Partner: name_rows.
-    if constexpr (!C::kWeightsOnM) wait_mbarrier(&s.names_full[t.number % kTileSlots], t.number / kTileSlots & 1);
+    if constexpr (C::kInExpertOrder) wait_mbarrier(&s.names_full[t.number % kTileSlots], t.number / kTileSlots & 1);
     const u32 columns = second ? min_u32(kNBlock, l.p.hidden - t.n_block * kNBlock) : 128;
     if constexpr (C::kWeightsOnM) add_bias_weights_on_m(l, acc, bias, weights, second, columns);
     else add_bias_tokens_on_m(l, acc, bias, weights, second, columns);

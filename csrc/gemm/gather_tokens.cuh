@@ -133,10 +133,9 @@ struct TokenGatherer {
     MOE_DEVICE void load_linear2(const TileSlot& t) {
         const u32 half = my_half(), lane = lane_id();
         const u32 k_blocks = l.p.intermediate / kKBlock;
-        HReadiness h{l.h_ready(t.m_block)};
+        HReadiness<1> h{t.m_block};
         for (u32 k = 0; k < k_blocks; ++k, stage.advance()) {
-            if (half == 0 && !h.wait(l, s.healthy, k, k_blocks, story(kStep_swiglu, t.m_block)))
-                return pass_stages(k_blocks - k);
+            if (half == 0 && !h.wait(l, s.healthy, k, k_blocks)) return pass_stages(k_blocks - k);
             wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());
             __syncwarp();  // all lanes' acquires above, before lane 0 reads what they announced
             if (lane == 0) {

@@ -4,6 +4,7 @@
 #include "config.cuh"
 #include "debug/trace.cuh"
 #include "gemm/decode_ahead.cuh"
+#include "gemm/split_rows.cuh"
 #include "ptx/copy.cuh"
 #include "roles.cuh"
 #include "sched/tickets.cuh"
@@ -32,7 +33,8 @@ template <class C>
 MOE_DEVICE void prefetch_first_tile(const Launch& l) {
     const u32 n_blocks = l.n_blocks1(), experts = l.p.num_local_experts, k_blocks = l.p.hidden / kKBlock;
     u32 expert = l.cta / n_blocks, n_block = l.cta % n_blocks;
-    if constexpr (C::kCluster > 1) {
+    if constexpr (C::kSplitsWeights) expert = l.cta / 2 / n_blocks, n_block = l.cta / 2 % n_blocks;
+    if constexpr (C::kPairsBlocks) {
         const u32 n_pairs = ceil_div(n_blocks, 2);
         expert = l.cta / 2 / n_pairs, n_block = l.cta / 2 % n_pairs * 2 + l.cta % 2;
     }
@@ -90,6 +92,18 @@ MOE_DEVICE void load_image(const Launch& l, SharedStorage<C>& s, const u8* image
     }
 }
 
+// This CTA's half of one: two pieces of the codes, the scales of all.
+template <class C>
+MOE_DEVICE void load_half_image(const Launch& l, SharedStorage<C>& s, const u8* image, u32 stage, bool second) {
+    constexpr u32 kTail = kMxfp4ImageCopyBytes - kMxfp4ScalesOffset;
+    u64* full = &s.weights_full[stage];
+    u8* to = s.stages[stage].weights;
+    ptx::mbarrier_arrive_expect_tx(full, 2 * kPieceBytes + kTail);
+    for (u32 i = 0; i < 2; ++i)
+        ptx::bulk_load(to + i * kPieceBytes, image + SplitRows::piece_begin(second, l.cta % 2, i), kPieceBytes, full);
+    ptx::bulk_load(to + 2 * kPieceBytes, image + kMxfp4ScalesOffset, kTail, full);
+}
+
 // The next ticket. Drawn, not dealt: tickets then start in their order, so that the token blocks of a group meet each
 // weight block in the L2 cache (dealt round robin they drift apart: 5.2 instead of 3.5 GB from HBM a call, in an
 // earlier order of tiles, benchmarks/notes/0002). In a pair the first CTA draws and tells the second.
@@ -135,7 +149,9 @@ MOE_DEVICE void load_weights(const Launch& l, SharedStorage<C>& s) {
 #pragma unroll 1
         for (u32 k = 0; k < k_blocks; ++k, stage.advance()) {
             wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());
-            load_image(l, s, t.weights + u64(k) * C::kImagePitchBytes, stage.slot(), t.shares_weights);
+            const u8* image = t.weights + u64(k) * C::kImagePitchBytes;
+            if constexpr (C::kSplitsWeights) load_half_image(l, s, image, stage.slot(), t.kind == kTile_linear2);
+            else load_image(l, s, image, stage.slot(), t.shares_weights);
             if (k == min_u32(kAnnounceAt, k_blocks - 1)) {
                 const u32 current = computed_here(number);
                 announce(l, s, draws.take(l, s, current), current + 1);

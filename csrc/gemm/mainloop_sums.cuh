@@ -8,18 +8,19 @@
 namespace moe {
 
 // fp32 sums of one warpgroup's part of a tile.
-// Weights on M: 2 slabs of 64 weight rows x kBlockTokens. Tokens on M: 64 tokens x 2 halves of 128 weight rows.
+// Weights on M: 2 slabs of 64 weight rows x kBlockTokens, or where CTAs split weight blocks one slab x 4 chunks of
+// tokens. Tokens on M: 64 tokens x 2 halves of 128 weight rows.
 template <class C>
 struct Accumulator {
-    static constexpr u32 kParts = 2;
-    static constexpr u32 kN = C::kWeightsOnM ? C::kBlockTokens : 128;
+    static constexpr u32 kParts = C::kSplitsWeights ? 4 : 2;
+    static constexpr u32 kN = C::kSplitsWeights ? C::kBlockTokens / kParts : C::kWeightsOnM ? C::kBlockTokens : 128;
     f32 sum[kParts][kN / 2];
 };
 
 template <class C>
 MOE_DEVICE void clear(Accumulator<C>& out) {
 #pragma unroll
-    for (u32 part = 0; part < 2; ++part)
+    for (u32 part = 0; part < Accumulator<C>::kParts; ++part)
 #pragma unroll
         for (u32 i = 0; i < Accumulator<C>::kN / 2; ++i) out.sum[part][i] = 0;
 }

@@ -27,7 +27,24 @@ struct DecodedSlab {
     u32 a[4][4];
 };
 
-// What the warp's lanes own of slab `part`: 2 x 16 bytes of codes, and the table rows of their two weight rows.
+// What a lane owns of a slab: 2 x 16 bytes of codes, 512 apart, and the table rows of its two weight rows.
+struct LaneCodes {
+    uint4 half[2];
+    u32 rows;
+};
+
+MOE_DEVICE uint2 table_row(u32 table, u32 rows, u32 i) { return ptx::ld_shared_v2(table + (rows >> 8 * i & 0xFF)); }
+
+// Half of them: two instructions' A operand.
+MOE_DEVICE void decode_half(DecodedSlab& out, const uint4& v, u32 half, const uint2 (&row)[2]) {
+    const u32 word[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) {
+        u32(&a)[4] = out.a[2 * half + i / 2];
+        decode_word(word[i], row[i % 2].x, row[i % 2].y, a[i % 2], a[i % 2 + 2]);
+    }
+}
+
 template <class C, class Stage>
 MOE_DEVICE void decode_slab(DecodedSlab& out, const SharedStorage<C>& s, const Stage& stage, u32 part, u32 thread) {
     const u32 rows = reinterpret_cast<const u32*>(stage.weights + kMxfp4ScalesOffset)[thread] >> 16 * part;
@@ -36,15 +53,7 @@ MOE_DEVICE void decode_slab(DecodedSlab& out, const SharedStorage<C>& s, const S
                           *reinterpret_cast<const uint2*>(table + (rows >> 8 & 0xFF))};
     const uint4* codes = reinterpret_cast<const uint4*>(stage.weights) + thread / 32 * 128 + thread % 32 + part * 64;
 #pragma unroll
-    for (u32 half = 0; half < 2; ++half) {
-        const uint4 v = codes[half * 32];
-        const u32 word[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            u32(&a)[4] = out.a[2 * half + i / 2];
-            decode_word(word[i], row[i % 2].x, row[i % 2].y, a[i % 2], a[i % 2 + 2]);
-        }
-    }
+    for (u32 half = 0; half < 2; ++half) decode_half(out, codes[half * 32], half, row);
 }
 
 // 64 x kN x 128: four instructions.

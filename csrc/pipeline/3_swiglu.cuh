@@ -4,6 +4,7 @@
 #pragma once
 #include "extras.cuh"
 #include "gemm/mainloop.cuh"
+#include "gemm/split_rows.cuh"
 #include "ptx/convert.cuh"
 
 namespace moe {
@@ -14,7 +15,7 @@ template <class C>
 MOE_DEVICE void clamp_sums(Accumulator<C>& acc, f32 limit) {
     if (limit == __int_as_float(0x7F800000)) return;
 #pragma unroll
-    for (u32 part = 0; part < 2; ++part)
+    for (u32 part = 0; part < Accumulator<C>::kParts; ++part)
 #pragma unroll
         for (u32 i = 0; i < Accumulator<C>::kN / 2; ++i) {
             const bool is_up = C::kWeightsOnM ? i / 2 % 2 : i / 4 % 2;
@@ -91,6 +92,81 @@ MOE_DEVICE void quantize_weights_on_m(const Launch& l, SharedStorage<C>& s, Accu
     }
 }
 
+// The CTAs of a pair have 64 columns each of 128: the largest of a row is the larger of both, exchanged between them.
+// Two buffers: a CTA sends for the next linear1 tile once it has read the other's for this one.
+template <class C>
+MOE_DEVICE f32 largest_of_pair(const Launch& l, SharedStorage<C>& s, f32 amax, u32 token) {
+    const u32 turn = s.amax_turn, other = l.cta % 2 ^ 1;
+    ptx::st_shared_cluster(&s.partner_amax[turn][token], other, __float_as_uint(amax));
+    __syncwarp();
+    if (token % 32 == 0) ptx::mbarrier_arrive_release_cluster(&s.amax_full, other);
+    wait_mbarrier_acquire_cluster(&s.amax_full, turn);
+    return fmaxf(amax, __uint_as_float(s.partner_amax[turn][token]));
+}
+
+// Of 2 kHalf values in each of the lanes that differ in `lane_bit` alone, the larger ones of two lanes, a half each.
+template <u32 kHalf>
+MOE_DEVICE void halve_amax(f32* amax, u32 lane, u32 lane_bit) {
+    const bool upper = lane & lane_bit;
+#pragma unroll
+    for (u32 i = 0; i < kHalf; ++i) {
+        const f32 other = __shfl_xor_sync(~0u, upper ? amax[i] : amax[i + kHalf], lane_bit);
+        amax[i] = fmaxf(upper ? amax[i + kHalf] : amax[i], other);
+    }
+}
+
+// Half a weight block: a thread holds gate (row r) and up (row r + 8) of one h column, for tokens 48 chunk + 8 j + 2 q
+// + {0, 1}.
+template <class C>
+MOE_DEVICE void quantize_split(const Launch& l, SharedStorage<C>& s, Accumulator<C>& acc, const f32* weights, u32 warp,
+                               u32 lane) {
+    constexpr u32 kChunk = Accumulator<C>::kN, kChunks = Accumulator<C>::kParts, kBlocks = kChunk / 8;
+    constexpr u32 kValues = C::kBlockTokens / 4;  // tokens of a thread
+    const u32 r = lane / 4, q = lane % 4, thread = warp * 32 + lane;
+    f32 amax[kValues];  // of the thread's tokens; h overwrites sum[chunk][4 j + c], c = 0, 1
+#pragma unroll
+    for (u32 chunk = 0; chunk < kChunks; ++chunk)
+#pragma unroll
+        for (u32 j = 0; j < kBlocks; ++j) {
+            const float2 weight = *reinterpret_cast<const float2*>(weights + chunk * kChunk + 8 * j + 2 * q);
+            f32* d = &acc.sum[chunk][4 * j];
+            d[0] = swiglu(l, d[0], d[2], weight.x), d[1] = swiglu(l, d[1], d[3], weight.y);
+            amax[2 * (chunk * kBlocks + j)] = fabsf(d[0]), amax[2 * (chunk * kBlocks + j) + 1] = fabsf(d[1]);
+        }
+    halve_amax<kValues / 2>(amax, lane, 16);
+    halve_amax<kValues / 4>(amax, lane, 8);
+    halve_amax<kValues / 8>(amax, lane, 4);  // leaves the r-th eighth of the values
+#pragma unroll
+    for (u32 i = 0; i < kValues / 8; ++i) {
+        const u32 value = r * (kValues / 8) + i;
+        s.row_amax[warp][value / 2 * 8 + 2 * q + value % 2] = amax[i];
+    }
+    ptx::named_barrier_sync<kBarrierMath, kMathWarps * 32>();
+    f32* sf = reinterpret_cast<f32*>(s.staging + C::kTokensBytes);
+    if (thread < C::kBlockTokens) {
+        f32 row = 0;
+#pragma unroll
+        for (u32 w = 0; w < kMathWarps; ++w) row = fmaxf(row, s.row_amax[w][thread]);
+        row = largest_of_pair(l, s, row, thread);
+        sf[thread] = ptx::e4m3_sf(row);
+        s.row_scale[thread] = ptx::reciprocal(ptx::e4m3_sf(row));  // suffices: see quantize_weights_on_m
+    }
+    ptx::named_barrier_sync<kBarrierMath, kMathWarps * 32>();
+    if (thread == 0) s.amax_turn ^= 1;
+    const u32 staging = ptx::shared_address(s.staging);
+    const u32 column = h_byte<C>(SplitRows(false, l.cta % 2, warp).column(false) + r);
+#pragma unroll
+    for (u32 chunk = 0; chunk < kChunks; ++chunk)
+#pragma unroll
+        for (u32 j = 0; j < kBlocks; ++j) {
+            const u32 token = chunk * kChunk + 8 * j + 2 * q;
+            const float2 scale = *reinterpret_cast<const float2*>(&s.row_scale[token]);
+            const u32 pair = ptx::pack_e4m3(acc.sum[chunk][4 * j] * scale.x, acc.sum[chunk][4 * j + 1] * scale.y);
+            ptx::st_shared_u8(staging + swizzle_128b(token, column), pair & 0xFF);
+            ptx::st_shared_u8(staging + swizzle_128b(token + 1, column), pair >> 8);
+        }
+}
+
 // Tokens on M: a thread holds rows r and r + 8, and of each half the h columns 64 half + 8 j + 2 q + {0, 1}.
 template <class C>
 MOE_DEVICE void quantize_tokens_on_m(const Launch& l, SharedStorage<C>& s, Accumulator<C>& acc, const f32* weights,
@@ -132,7 +208,9 @@ template <class C>
 MOE_DEVICE void swiglu_and_quantize(const Launch& l, SharedStorage<C>& s, Accumulator<C>& acc, u32 slot, u32 warp,
                                     u32 lane) {
     clamp_sums(acc, l.p.swiglu_limit);
-    if constexpr (C::kWeightsOnM) {
+    if constexpr (C::kSplitsWeights) {
+        quantize_split(l, s, acc, s.tile_weights[slot], warp, lane);
+    } else if constexpr (C::kWeightsOnM) {
         quantize_weights_on_m(l, s, acc, s.tile_weights[slot], warp, lane);
     } else {
         quantize_tokens_on_m(l, s, acc, s.tile_weights[slot], warp, lane);

@@ -3,6 +3,7 @@
 // warps.
 #pragma once
 #include "gemm/mainloop.cuh"
+#include "gemm/split_rows.cuh"
 #include "ptx/convert.cuh"
 #include "sched/order.cuh"
 
@@ -10,15 +11,19 @@ namespace moe {
 
 // stmatrix.trans turns (8 columns of y) x (8 tokens) into 16-byte pieces of token rows.
 template <class C>
-MOE_DEVICE void stage_rows_weights_on_m(SharedStorage<C>& s, const Accumulator<C>& acc, u32 warp, u32 lane) {
+MOE_DEVICE void stage_rows_weights_on_m(const Launch& l, SharedStorage<C>& s, const Accumulator<C>& acc, u32 warp,
+                                        u32 lane) {
+    constexpr u32 kN = Accumulator<C>::kN;
     const u32 staging = ptx::shared_address(s.staging);
 #pragma unroll
-    for (u32 part = 0; part < 2; ++part) {
-        const u32 column = warp / 4 * 128 + part * 64 + warp % 4 * 16 + (lane / 8 % 2) * 8;
+    for (u32 part = 0; part < Accumulator<C>::kParts; ++part) {
+        const u32 first = C::kSplitsWeights ? SplitRows(true, l.cta % 2, warp).column(true) % C::kTileColumns
+                                            : warp / 4 * 128 + part * 64 + warp % 4 * 16;
+        const u32 column = first + (lane / 8 % 2) * 8, token = C::kSplitsWeights ? part * kN : 0;
 #pragma unroll
-        for (u32 j = 0; j < C::kBlockTokens / 8; ++j) {
+        for (u32 j = 0; j < kN / 8; ++j) {
             const f32* d = &acc.sum[part][4 * j];
-            ptx::stmatrix_x2_trans(staging + (8 * j + lane % 8) * C::kStagingRowBytes + column * 2,
+            ptx::stmatrix_x2_trans(staging + (token + 8 * j + lane % 8) * C::kStagingRowBytes + column * 2,
                                    ptx::pack_bf16(d[0], d[1]), ptx::pack_bf16(d[2], d[3]));
         }
     }

@@ -166,7 +166,7 @@ MOE_DEVICE u32 my_window() { return warp_id() - kExchangeWarp; }
 template <class C>
 MOE_DEVICE bool is_over(const Launch& l, SharedStorage<C>& s, u32 item, u32 slots) {
     bool lost = is_lost(l);
-    if constexpr (C::kWeightsOnM) {  // else permute_rows has waited for it
+    if constexpr (!C::kInExpertOrder) {  // else permute_rows has waited for it
         if (!ptx::ld_relaxed_cta_shared(&s.plan_done) && lane_id() == 0) s.watch_idle_since[my_window()] = now_us();
         __syncwarp();
     }

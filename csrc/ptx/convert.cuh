@@ -67,6 +67,22 @@ MOE_DEVICE void st_shared_v4(u32 address, uint4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
 }
+MOE_DEVICE u32 ld_shared_u16(u32 address) {
+    u32 v;
+    asm volatile("{\n.reg .u16 h;\nld.shared.u16 h, [%1];\ncvt.u32.u16 %0, h;\n}" : "=r"(v) : "r"(address) : "memory");
+    return v;
+}
+MOE_DEVICE uint2 ld_shared_v2(u32 address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+    return v;
+}
+// Where it stands in the program: the compiler may not bring it forward.
+MOE_DEVICE float2 ld_shared_v2_f32(u32 shared) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(shared) : "memory");
+    return v;
+}
 MOE_DEVICE f32 ld_shared_f32(u32 address) {
     f32 v;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");

@@ -39,6 +39,13 @@ MOE_DEVICE void bulk_load_pair(void* shared, const void* global, u32 bytes, u64*
         "l"(global), "r"(bytes), "r"(shared_address(bar)), "h"(static_cast<u16>(3)), "l"(policy)
         : "memory");
 }
+MOE_DEVICE void bulk_load_pair(void* shared, const void* global, u32 bytes, u64* bar) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(shared_address(shared)),
+        "l"(global), "r"(bytes), "r"(shared_address(bar)), "h"(static_cast<u16>(3))
+        : "memory");
+}
 MOE_DEVICE void bulk_prefetch_l2(const void* global, u32 bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }

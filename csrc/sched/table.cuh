@@ -105,7 +105,7 @@ MOE_DEVICE TableEntry read_entry(const Launch& l, SharedStorage<C>& s, u32 posit
 // with a block left over. One warp, 8 experts a lane.
 template <class C>
 MOE_DEVICE void offsets_of(const Launch& l, SharedStorage<C>& s, const u32* count, u32 lane) {
-    constexpr u32 kPerLane = kMaxLocalExperts / 32, kSums = C::kCluster == 1 ? 2 : 4;
+    constexpr u32 kPerLane = kMaxLocalExperts / 32, kSums = C::kPairsBlocks ? 4 : 2;
     const auto terms = [&](u32 e, u32(&term)[4]) {
         const u32 rows = e < l.p.num_local_experts ? count[e] : 0, blocks = ceil_div(rows, C::kBlockTokens);
         term[0] = rows, term[1] = blocks, term[2] = blocks / 2, term[3] = blocks % 2;
@@ -113,7 +113,7 @@ MOE_DEVICE void offsets_of(const Launch& l, SharedStorage<C>& s, const u32* coun
     u32 before[4] = {0, 0, 0, 0}, term[4];
     const auto write = [&](u32 e) {
         s.row_offset[e] = before[0], s.block_offset[e] = before[1];
-        if constexpr (C::kCluster > 1) s.pair_offset[e] = before[2], s.single_offset[e] = before[3];
+        if constexpr (C::kPairsBlocks) s.pair_offset[e] = before[2], s.single_offset[e] = before[3];
     };
 #pragma unroll 1
     for (u32 i = 0; i < kPerLane; ++i) {

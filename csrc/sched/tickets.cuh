@@ -13,7 +13,7 @@ namespace moe {
 template <class C>
 MOE_DEVICE void count_tickets(const Launch& l, SharedStorage<C>& s) {
     const u32 n1 = l.n_blocks1(), n2 = l.n_blocks2();
-    if constexpr (C::kCluster == 1) {
+    if constexpr (!C::kPairsBlocks) {
         s.num_tickets = s.num_m_blocks * (n1 + n2);
     } else {
         const u32 pairs = s.pair_offset[kMaxLocalExperts] * (n1 + n2);
@@ -31,7 +31,7 @@ MOE_DEVICE void tile_of_ticket(const Launch& l, const SharedStorage<C>& s, u32 t
     TileOrder order{s.num_m_blocks, l.n_blocks1(), l.n_blocks2(), l.p.order_group, l.p.order_lag};
     const u16* offsets = s.block_offset;
     bool single = false;
-    if constexpr (C::kCluster > 1) {
+    if constexpr (C::kPairsBlocks) {
         const u32 pairs = merged_first(ticket, s.pair_ratio);
         single = !s.only_pairs && merged_first(ticket + 1, s.pair_ratio) == pairs;
         offsets = single ? s.single_offset : s.pair_offset;
@@ -44,7 +44,7 @@ MOE_DEVICE void tile_of_ticket(const Launch& l, const SharedStorage<C>& s, u32 t
     const Tile tile = order.at(ticket);
     const u32 expert = find_expert(offsets, kMaxLocalExperts, tile.m_block), half = l.cta % C::kCluster;
     u32 m_block = tile.m_block, n_block = tile.n_block, idle = 0;
-    if constexpr (C::kCluster > 1) {
+    if constexpr (C::kPairsBlocks) {
         m_block =
             single ? s.block_offset[expert + 1] - 1 : s.block_offset[expert] + 2 * (m_block - offsets[expert]) + half;
         if (single) {
@@ -59,7 +59,7 @@ MOE_DEVICE void tile_of_ticket(const Launch& l, const SharedStorage<C>& s, u32 t
     const u32 row_begin = s.row_offset[expert] + (m_block - s.block_offset[expert]) * C::kBlockTokens;
     t.row_begin = row_begin;
     t.row_count = idle ? 0 : min_u32(C::kBlockTokens, s.row_offset[expert + 1] - row_begin);
-    t.shares_weights = C::kCluster > 1 && !single;
+    t.shares_weights = C::kPairsBlocks && !single;
 }
 
 }  // namespace moe

@@ -107,9 +107,10 @@ struct Launch {
         return MOE_REGION(chosen, 0, p.topk * 4, local<i32>(p.off_chosen) + u64(token) * p.topk);
     }
     MOE_DEVICE u32* row_list() const { return MOE_REGION(row_list, 0, 4, local<u32>(p.off_row_list)); }
-    MOE_DEVICE u32* h_ready(u32 m_block) const {
-        return MOE_REGION(h_ready, 0, p.intermediate / kKBlock * 4,
-                          local<u32>(p.off_h_ready) + u64(m_block) * (p.intermediate / kKBlock));
+    // parts: of an h image, each with a flag.
+    MOE_DEVICE u32* h_ready(u32 m_block, u32 parts) const {
+        return MOE_REGION(h_ready, 0, p.intermediate / kKBlock * parts * 4,
+                          local<u32>(p.off_h_ready) + u64(m_block) * (p.intermediate / kKBlock) * parts);
     }
     MOE_DEVICE u32* block_done(u32 m_block) const {
         return MOE_REGION(block_done, 0, 4, local<u32>(p.off_block_done) + m_block);

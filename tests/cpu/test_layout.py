@@ -53,16 +53,17 @@ def test_every_layer_fits_into_the_shared_regions(configs, ep_config, ep_size):
         assert have["recv_x_sf"] >= ep_size * tokens * c.hidden // 128 * 4
         assert have["head_idx"] >= 2 * ep_size * tokens * c.topk * 4
         assert have["row_list"] >= rows * 4
-        for block in layout.BLOCK_TOKENS:
+        for block in tiles.TILES[c.weight_format]:
             # Most blocks: every expert that has a row ends in a partial one
             busy = min(local_experts, rows)
             blocks = busy + (rows - busy) // block
-            assert have["h_ready"] >= blocks * k_blocks * 4
+            parts = 2 if block == tiles.SPLITS_WEIGHTS else 1  # of an h image, by the CTAs of a pair
+            assert have["h_ready"] >= blocks * k_blocks * parts * 4
             assert have["block_done"] >= blocks * 4
             assert have["h"] >= blocks * k_blocks * block * (128 + 4)
-        if tiles.choose_block_tokens(c, ep_size, tokens) == tiles.TOKENS_ON_M:
-            assert have["x_image"] >= blocks * block * c.hidden // 128 * (128 + 4)
-            assert have["x_image_ready"] >= blocks * block * 4
+            if block in tiles.reachable_tiles(c, ep_size, tokens) and tiles.in_expert_order(block):
+                assert have["x_image"] >= blocks * block * c.hidden // 128 * (128 + 4)
+                assert have["x_image_ready"] >= blocks * block * 4
     assert have["head_ready"] >= 2 * ep_size * math.ceil(tokens / layout.HEAD_SLICE_TOKENS) * 4
     assert have["x_ready"] >= ep_size * tokens * 4 and have["combine_ready"] >= tokens * 16 * 4
 

@@ -16,14 +16,14 @@ def test_every_tile_that_a_call_can_choose_is_prepared(shape, weight_format):
     for capacity in (1, 2, 7, 64, 100, 511, 1024, 3000):
         prepared = tiles.reachable_tiles(config, 2, capacity)
         assert set(chosen[:capacity]) <= set(prepared) <= set(tiles.TILES[weight_format])
-        assert prepared == tuple(sorted(prepared))
+        assert [t for t in tiles.TILES[weight_format] if t in prepared] == list(prepared)
     assert tiles.reachable_tiles(config, 2, 1) == (chosen[0],)
 
 
 def test_the_tile_holds_the_rows_where_one_can():
     config = MoEConfig(4096, 2048, 64, 6, weight_format="mxfp4")
     assert [tiles.choose_block_tokens(config, 2, tokens) for tokens in (1, 8, 64, 256, 400, 512, 8192)] == [
-        8, 8, 32, 64, 96, 104, 128,
+        8, 8, 32, 64, 96, 192, 128,
     ]  # fmt: skip
 
 
