@@ -53,11 +53,10 @@ MOE_DEVICE void store_h_half(const Launch& l, SharedStorage<C>& s, const TileSlo
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(&s.staging_empty[0]);
     ptx::bulk_wait_all();
-    ptx::fence_proxy_async_global();
-    ptx::fence_acq_rel_gpu();  // every lane: its own bulk stores, before the flag
-    __syncwarp();
+    ptx::fence_proxy_async_global();  // every lane: its own bulk stores
+    __syncwarp();                     // the release is cumulative over what the lanes did before
     if (lane == 0 && publish)
-        ptx::st_relaxed_gpu(l.h_ready(t.m_block, 2) + 2 * t.n_block + half, MOE_FAULT(l, h, l.epoch));
+        ptx::st_release_gpu(l.h_ready(t.m_block, 2) + 2 * t.n_block + half, MOE_FAULT(l, h, l.epoch));
 }
 
 template <class C>
