@@ -242,7 +242,7 @@ MOE_DEVICE void help_combine(const Launch& l, SharedStorage<C>& s) {
     ptx::named_barrier_sync<kBarrierMath, kMathWarps * 32>();  // the stages are free
     const u32 lane = lane_id(), warp = warp_id();
     using Loads = CombineLoads<6, C::kDecodesInLoop ? 2 : 4>;
-    static_assert(kMathWarps * 2 * Loads::kBufferBytes <= C::kImageSfOffset);
+    static_assert(kMathWarps * 2 * Loads::kBufferBytes <= kStages<C> * C::kStageBytes - C::kTokensBytes);
     auto& buffers =
         *reinterpret_cast<u8(*)[2][Loads::kBufferBytes]>(s.stages[0].weights + warp * 2 * Loads::kBufferBytes);
     u32 slots[kExchangeWarps] = {}, seen = 0;
