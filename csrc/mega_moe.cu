@@ -49,7 +49,9 @@ MOE_DEVICE void init_barriers(SharedStorage<C>& s) {
     }
     for (u32 i = 0; i < kTicketSlots; ++i) ptx::mbarrier_init(&s.ticket_full[i], 1);
     ptx::mbarrier_init(&s.plan_agreed, 2);
-    if constexpr (C::kSplitsWeights) ptx::mbarrier_init(&s.amax_full, C::kBlockTokens / 32);
+    if constexpr (C::kSplitsWeights) {
+        for (u64& full : s.amax_full) ptx::mbarrier_init(&full, C::kBlockTokens / 32);
+    }
     ptx::fence_mbarrier_init();
 }
 
