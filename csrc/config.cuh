@@ -83,8 +83,8 @@ constexpr u32 kTileSlots = 4;    // tiles announced ahead of the math warps
 constexpr u32 kDecodeRing = 3;   // pieces of 512 bytes that a decoding warp has in flight: as four stages leave room
 constexpr u32 kTicketSlots = 8;  // more than the tiles that one CTA of a pair can be ahead: one a stage at most
 
-// One announced tile. The tokens warps fill its row names and weights: weights on M before the tile's first stage is
-// full, tokens on M before names_full.
+// One announced tile. The tokens warps fill its row names and weights: before the tile's first stage is full, in expert
+// order before names_full.
 struct TileSlot {
     u32 kind;  // TileKind
     u32 expert, m_block, n_block;

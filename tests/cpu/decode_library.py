@@ -9,7 +9,8 @@ from pathlib import Path
 from tests.cpu.host_library import CSRC, build_library
 
 DECODED, PUBLISHED, RAISED, ROWS = range(4)
-"""Events: an image's place is asked for; one more image of block a is done; block a is ready; rows a, a + c, ... < b."""
+"""Events: image a's place is asked for; one more image of block a is done; block a is ready; rows a, a + c, ... < b
+are copied."""
 
 CONFIG = """
 #pragma once
