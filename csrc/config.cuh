@@ -83,8 +83,8 @@ constexpr u32 kTileSlots = 4;    // tiles announced ahead of the math warps
 constexpr u32 kDecodeRing = 3;   // pieces of 512 bytes that a decoding warp has in flight: as four stages leave room
 constexpr u32 kTicketSlots = 8;  // more than the tiles that one CTA of a pair can be ahead: one a stage at most
 
-// One announced tile. The tokens warps fill its row names and weights: weights on M before the tile's first stage is
-// full, tokens on M before names_full.
+// One announced tile. The tokens warps fill its row names and weights: before the tile's first stage is full, in expert
+// order before names_full.
 struct TileSlot {
     u32 kind;  // TileKind
     u32 expert, m_block, n_block;
@@ -131,7 +131,8 @@ struct SharedState : DecodeTable<C::kIsMxfp4> {
     alignas(8) f32 row_amax[8][C::kWeightsOnM ? C::kBlockTokens : 1];
     alignas(8) f32 row_scale[C::kWeightsOnM ? C::kBlockTokens : 1];
     RowShare row_share;  // of the tokens warp's current tile, where a pair shares its rows
-    // The other CTA's amax of a row, as bits, where the pair shares its columns; two buffers, in turn.
+    // The other CTA's amax of a row, as bits, where the pair shares its columns; two buffers. amax_turn: its linear1
+    // tiles, mod 4.
     u32 amax_turn, partner_amax[2][C::kSplitsWeights ? C::kBlockTokens : 1];
     // Of each exchange warp. decode_ahead: pieces on their way; combine: two bulk stores in flight.
     alignas(128) u8 exchange_buffer[kExchangeWarps][C::kDecodesAhead ? kDecodeRing : 2][512];
@@ -144,7 +145,7 @@ struct SharedState : DecodeTable<C::kIsMxfp4> {
     u64 tile_full[kTileSlots], tile_empty[kTileSlots], names_full[kTileSlots];
     u64 staging_full[C::kStagingGroups], staging_empty[C::kStagingGroups];
     u64 plan_agreed;                // of the cluster's CTAs
-    u64 amax_full;                  // of partner_amax
+    u64 amax_full[2];               // of partner_amax
     u64 ticket_full[kTicketSlots];  // second CTA of a pair: the first has drawn
     u32 partner_ticket[kTicketSlots];
 

@@ -2,9 +2,9 @@
 //
 //   warps  0-7    math      pipeline/2_linear1.cuh, 3_swiglu.cuh, 4_linear2.cuh, gemm/mainloop.cuh
 //   warp   8      weights   gemm/load_weights.cuh        warps 0-11 first plan: sched/table.cuh
-//   warps  9-10   tokens    gemm/gather_tokens.cuh (weights on M), gemm/load_images.cuh (tokens on M)
+//   warps  9-10   tokens    gemm/gather_tokens.cuh, or for pairs of CTAs gemm/load_images.cuh
 //   warp   11     store     pipeline/store.cuh
-//   warps 12-15   exchange  pipeline/1_dispatch.cuh, 1_permute.cuh (tokens on M), then 5_combine.cuh
+//   warps 12-15   exchange  pipeline/1_dispatch.cuh, 1_permute.cuh (pairs of CTAs), then 5_combine.cuh
 //
 // Built once per tile size and weight format: -DBLOCK_TOKENS=, -DWEIGHT_FORMAT= (config.cuh).
 // -DEXTRAS (extras.cuh), -DPLANS (pipeline/1_dispatch.cuh): for layers that ask for it.
@@ -49,7 +49,9 @@ MOE_DEVICE void init_barriers(SharedStorage<C>& s) {
     }
     for (u32 i = 0; i < kTicketSlots; ++i) ptx::mbarrier_init(&s.ticket_full[i], 1);
     ptx::mbarrier_init(&s.plan_agreed, 2);
-    if constexpr (C::kSplitsWeights) ptx::mbarrier_init(&s.amax_full, C::kBlockTokens / 32);
+    if constexpr (C::kSplitsWeights) {
+        for (u64& full : s.amax_full) ptx::mbarrier_init(&full, C::kBlockTokens / 32);
+    }
     ptx::fence_mbarrier_init();
 }
 

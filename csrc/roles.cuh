@@ -9,7 +9,7 @@ namespace moe {
 // warp  8     weights   tickets, tile slots, weight images    (plan step first, as all of warps 0-11)
 // warps 9-10  tokens    rows for linear1, h images for linear2, names of the rows
 // warp  11    store     h images and linear2 rows out, readiness flags
-// warps 12-15 exchange  dispatch: routing and rows to the peers, into expert order for tokens on M; then combine
+// warps 12-15 exchange  dispatch: routing and rows to the peers, into expert order for pairs of CTAs; then combine
 constexpr u32 kWeightsWarp = 8, kTokensWarp = 9, kStoreWarp = 11, kExchangeWarp = 12;
 constexpr u32 kMathWarps = 8, kTokensWarps = 2, kPlanWarps = 12;
 static_assert(32 * (kExchangeWarp + kExchangeWarps) == kNumThreads);

@@ -25,7 +25,7 @@ EXPLAINED = {
         "Written once a launch, by a plan warp; then the plan warps' barrier, and st.release.cta of plan_done by one "
         "of their threads. The exchange warps read after their own ld.acquire.cta of it has given 1 (permute_rows). "
         "racecheck knows barriers only, and the exchange warps share none with the plan. Other callers of find_expert "
-        "are plan threads, or come after the plan's barrier.",
+        "are plan threads, or come after the plan's barrier. run calls another step (gemm/mxfp4_split.cuh).",
         ("sched/table.cuh:offsets_of",),
         ("sched/order.cuh:find_expert", "pipeline/1_permute.cuh:place_in_images",
          "pipeline/1_permute.cuh:permute_rows", "gemm/decode_ahead.cuh:step"),
@@ -36,7 +36,8 @@ EXPLAINED = {
              "while (!ptx::ld_acquire_cta_shared(&s.plan_done))",
              "planned = __all_sync(~0u, ptx::ld_acquire_cta_shared(&s.plan_done));"),
          "gemm/decode_ahead.cuh:step": ("if (planned && s.row_offset[expert]",)},
-        {"step": {"permute_rows"}, "find_expert": {"place_in_images", "read_entry", "read_logical", "tile_of_ticket"}}),
+        {"step": {"permute_rows", "run"},
+         "find_expert": {"place_in_images", "read_entry", "read_logical", "tile_of_ticket"}}),
     "flags in shared memory": Order(
         "plan_done and watch_open themselves, written by st.release.cta and polled by ld.acquire.cta: such a word is "
         "there to be read while it is written. Read relaxed, it lets nobody read what else was written: is_over only "
@@ -82,7 +83,8 @@ EXPLAINED = {
         "Before the next copy into the stage: the values have come, for the first half's promotion has multiplied by "
         "them; then a warp barrier and an arrival on stage_empty of both CTAs (release_stage), and a loader waits for "
         "those of all 16 math warps of the cluster. racecheck does not follow arrivals that one lane makes for its "
-        "warp at an address of the cluster.",
+        "warp at an address of the cluster. load_half_image, and pairs loaded by load_images, are of builds that split "
+        "weight blocks, whose math warps read by other functions.",
         ("ptx/copy.cuh:bulk_load", "ptx/copy.cuh:bulk_load_hint", "ptx/copy.cuh:bulk_load_pair"),
         ("ptx/convert.cuh:ld_shared_f32",),
         {"gemm/mainloop.cuh:wait_stage": ("wait_mbarrier(&s.weights_full[slot], parity)",
@@ -95,8 +97,8 @@ EXPLAINED = {
          "gemm/load_images.cuh:load_images": ("wait_mbarrier(&s.stage_empty[stage.slot()], ",),
          "gemm/load_weights.cuh:load_weights": ("wait_mbarrier(&s.stage_empty[stage.slot()], ",),
          "mega_moe.cu:init_barriers": ("mbarrier_init(&s.stage_empty[i], kMathWarps * C::kCluster)",)},
-        {"ld_shared_f32": {"read_scales"}, "bulk_load": {"load_images", "load_linear2"},
-         "bulk_load_hint": {"load_image"}, "bulk_load_pair": {"load_image"}}),
+        {"ld_shared_f32": {"read_scales"}, "bulk_load": {"load_half_image", "load_images", "load_linear2"},
+         "bulk_load_hint": {"load_image"}, "bulk_load_pair": {"load_image", "load_images"}}),
     "announced tiles": Order(
         "A TileSlot. Before it is read: the weights warp's arrival on tile_full, which every lane of each reading "
         "role waits for. Before it is written again, four tiles on: each reading warp's barrier, then its lane 0's "
@@ -175,7 +177,8 @@ EXPLAINED = {
         "Before they are read: each gathering lane's arrival on tokens_full when its copies have landed, or the bulk "
         "copy's bytes; every math lane waits for it. Before the next copy into the stage: both promotions, a warp "
         "barrier, lane 0's arrival on stage_empty (release_stage); every lane of the tokens warps waits for those of "
-        "all math warps. racecheck does not follow arrivals that a copy makes, or one lane for its warp.",
+        "all math warps. racecheck does not follow arrivals that a copy makes, or one lane for its warp. Builds that "
+        "split weight blocks (load_half_image) promote elsewhere.",
         ("ptx/copy.cuh:bulk_load", "ptx/copy.cuh:cp_async_4"),
         ("gemm/mainloop_sums.cuh:promote_weights_on_m",),
         {"gemm/gather_tokens.cuh:load_linear1": (
@@ -197,7 +200,7 @@ EXPLAINED = {
          "gemm/mainloop_sums.cuh:release_stage": ("__syncwarp();", "if (lane == 0) ptx::mbarrier_arrive(empty);"),
          "mega_moe.cu:init_barriers": ("mbarrier_init(&s.tokens_full[i], C::kTokensArrivals)",
                                        "mbarrier_init(&s.stage_empty[i], kMathWarps * C::kCluster)")},
-        {"bulk_load": {"load_images", "load_linear2"}, "cp_async_4": {"load_linear1"},
+        {"bulk_load": {"load_half_image", "load_images", "load_linear2"}, "cp_async_4": {"load_linear1"},
          "promote_weights_on_m": {"accumulate_stage_weights_on_m", "accumulate_mxfp4"}}),
     "weight image of a stage, weights on M": Order(
         "What the math warps read by themselves: scale factors, with MXFP4 the codes too. Before it: the copy's bytes "
@@ -208,7 +211,8 @@ EXPLAINED = {
         ("gemm/mainloop.cuh:accumulate_stage_weights_on_m", "gemm/mxfp4.cuh:decode_slab",
          "gemm/mxfp4.cuh:accumulate_mxfp4"),
         {"gemm/load_weights.cuh:load_weights": (
-             "wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());\n            load_image(",),
+             "wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());\n            const u8* image",
+             "else load_image(l, s, image, stage.slot(), t.shares_weights);"),
          "gemm/load_weights.cuh:load_image": ("ptx::mbarrier_arrive_expect_tx(full, C::kImageCopyBytes);",),
          "gemm/mainloop.cuh:wait_stage": ("wait_mbarrier(&s.weights_full[slot], parity)",),
          "gemm/mainloop.cuh:accumulate_weights_on_m": (

@@ -75,7 +75,7 @@ MOE_DEVICE void add_bias(const Launch& l, SharedStorage<C>& s, Accumulator<C>& a
     if (bias == nullptr) return;
     const bool second = t.kind == kTile_linear2;
     const f32* weights = s.tile_weights[t.number % kTileSlots];
-    // Weights on M: the row weights came with the tile's first stage. Partner: name_rows.
+    // Gathered rows: their weights came with the tile's first stage. Partner: name_rows.
     if constexpr (C::kInExpertOrder) wait_mbarrier(&s.names_full[t.number % kTileSlots], t.number / kTileSlots & 1);
     const u32 columns = second ? min_u32(kNBlock, l.p.hidden - t.n_block * kNBlock) : 128;
     if constexpr (C::kWeightsOnM) add_bias_weights_on_m(l, acc, bias, weights, second, columns);

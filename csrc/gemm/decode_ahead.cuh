@@ -1,6 +1,6 @@
 // MXFP4 weights where many token blocks read each of them: decoded once a launch, by the exchange warps, from the
 // layer's images into FP8 images in the local workspace. What reads those is as for FP8, tile and all. The math warps
-// would decode each weight again for every 104 tokens (benchmarks/notes/0005, 0007).
+// would decode each weight again for every 192 tokens (gemm/mxfp4_split.cuh; benchmarks/notes/0005, 0007).
 // Partners: wait_decoded in load_weights.cuh; permute_rows in pipeline/1_permute.cuh gives each warp its turns.
 #pragma once
 #include "config.cuh"

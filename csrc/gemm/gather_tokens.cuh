@@ -1,6 +1,6 @@
-// The tokens role (two warps) with weights on M: brings the token side of each stage. linear1 gathers rows by 16-byte
-// copies straight from recv_x into the swizzled tile: few rows, and no hop between arrival and use. linear2 copies a
-// ready-made h image. It also tells math and store the tile's row names.
+// The tokens role (two warps) where a CTA works alone: brings the token side of each stage. linear1 gathers rows by
+// 16-byte copies straight from recv_x into the swizzled tile: few rows, and no hop between arrival and use. linear2
+// copies a ready-made h image. It also tells math and store the tile's row names.
 #pragma once
 #include "config.cuh"
 #include "debug/trace.cuh"

@@ -1,5 +1,6 @@
-// The tokens role with tokens on M. First warp: token side of each stage by bulk copies, x images for linear1, h images
-// for linear2. Second warp: names of the tile's rows, ahead of the math warps that send by them.
+// The tokens role where CTAs work in pairs. First warp: token side of each stage by bulk copies, x images for linear1,
+// h images for linear2; where the pair shares its rows, half of them for both. Second warp: names of the tile's rows,
+// ahead of the math warps that send by them.
 #pragma once
 #include "config.cuh"
 #include "debug/trace.cuh"

@@ -1,4 +1,4 @@
-// dispatch, last part, with tokens on M: once the plan is known, every received row is copied to its places in expert
+// dispatch, last part, for pairs of CTAs: once the plan is known, every received row is copied to its places in expert
 // order, in the form of the stage images that linear1 loads (swizzled e4m3 rows, then scale factors). A row is read
 // intermediate / 128 times from there, by whole-image bulk copies: gathered each time by 16-byte copies, it held
 // linear1 back by 15 % (benchmarks/notes/0002). Partners: push_rows (x_ready), wait_rows in gemm/load_images.cuh

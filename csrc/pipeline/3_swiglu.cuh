@@ -93,15 +93,16 @@ MOE_DEVICE void quantize_weights_on_m(const Launch& l, SharedStorage<C>& s, Accu
 }
 
 // The CTAs of a pair have 64 columns each of 128: the largest of a row is the larger of both, exchanged between them.
-// Two buffers: a CTA sends for the next linear1 tile once it has read the other's for this one.
+// Two buffers, in turn: a CTA sends for the next linear1 tile once it has read the other's for this one. And two
+// mbarriers: all its warps have sent then, but the other CTA's may not have seen yet that it had for this one.
 template <class C>
 MOE_DEVICE f32 largest_of_pair(const Launch& l, SharedStorage<C>& s, f32 amax, u32 token) {
-    const u32 turn = s.amax_turn, other = l.cta % 2 ^ 1;
-    ptx::st_shared_cluster(&s.partner_amax[turn][token], other, __float_as_uint(amax));
+    const u32 turn = s.amax_turn, buffer = turn % 2, other = l.cta % 2 ^ 1;
+    ptx::st_shared_cluster(&s.partner_amax[buffer][token], other, __float_as_uint(amax));
     __syncwarp();
-    if (token % 32 == 0) ptx::mbarrier_arrive_release_cluster(&s.amax_full, other);
-    wait_mbarrier_acquire_cluster(&s.amax_full, turn);
-    return fmaxf(amax, __uint_as_float(s.partner_amax[turn][token]));
+    if (token % 32 == 0) ptx::mbarrier_arrive_release_cluster(&s.amax_full[buffer], other);
+    wait_mbarrier_acquire_cluster(&s.amax_full[buffer], turn / 2);
+    return fmaxf(amax, __uint_as_float(s.partner_amax[buffer][token]));
 }
 
 // Of 2 kHalf values in each of the lanes that differ in `lane_bit` alone, the larger ones of two lanes, a half each.
@@ -152,7 +153,7 @@ MOE_DEVICE void quantize_split(const Launch& l, SharedStorage<C>& s, Accumulator
         s.row_scale[thread] = ptx::reciprocal(ptx::e4m3_sf(row));  // suffices: see quantize_weights_on_m
     }
     ptx::named_barrier_sync<kBarrierMath, kMathWarps * 32>();
-    if (thread == 0) s.amax_turn ^= 1;
+    if (thread == 0) s.amax_turn = (s.amax_turn + 1) % 4;
     const u32 staging = ptx::shared_address(s.staging);
     const u32 column = h_byte<C>(SplitRows(false, l.cta % 2, warp).column(false) + r);
 #pragma unroll

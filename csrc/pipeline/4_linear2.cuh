@@ -1,6 +1,6 @@
 // linear2's epilogue: rows in bf16 to their owner's combine_y[token][slot]. Weights on M: transposed into staging,
-// whence the store warp sends 512 bytes a row. Tokens on M: through 2 KB slices, 128 bytes a row straight from the math
-// warps.
+// whence the store warp sends 512 bytes a row, or 256 of a split weight block. Tokens on M: through 2 KB slices, 128
+// bytes a row straight from the math warps.
 #pragma once
 #include "gemm/mainloop.cuh"
 #include "gemm/split_rows.cuh"

@@ -101,8 +101,8 @@ MOE_DEVICE TableEntry read_entry(const Launch& l, SharedStorage<C>& s, u32 posit
     return {expert, pack_row(src, slot_index / l.p.topk, slot_index % l.p.topk)};
 }
 
-// Exclusive sums over the experts: rows, blocks of C::kBlockTokens rows, and with clusters pairs of blocks and experts
-// with a block left over. One warp, 8 experts a lane.
+// Exclusive sums over the experts: rows, blocks of C::kBlockTokens rows, and where blocks are paired, pairs and
+// experts with a block left over. One warp, 8 experts a lane.
 template <class C>
 MOE_DEVICE void offsets_of(const Launch& l, SharedStorage<C>& s, const u32* count, u32 lane) {
     constexpr u32 kPerLane = kMaxLocalExperts / 32, kSums = C::kPairsBlocks ? 4 : 2;

@@ -1,7 +1,8 @@
 // From ticket to tile: what this CTA does next. With clusters a ticket is a pair of tiles of one linear, so that both
 // CTAs walk their stages in step: two token blocks of an expert against one weight block, or, where an expert has a
 // block left over, that block against two weight blocks. Both kinds advance together: pairs are bound by the tensor
-// cores and left-over blocks by their weights, and what both need of an expert meets in the L2 cache.
+// cores and left-over blocks by their weights, and what both need of an expert meets in the L2 cache. Where the pair
+// splits weight blocks, a ticket is one tile for both.
 #pragma once
 #include "config.cuh"
 #include "sched/order.cuh"

@@ -57,7 +57,7 @@ MOE_DEVICE void wait_mbarrier(u64* bar, u32 parity) {
     while (!ptx::mbarrier_try_wait(bar, parity)) {
     }
 }
-// For stores of the other CTA of the cluster, once a launch.
+// For stores of the other CTA of the cluster.
 MOE_DEVICE void wait_mbarrier_acquire_cluster(u64* bar, u32 parity) {
     while (!ptx::mbarrier_try_wait_acquire_cluster(bar, parity)) {
     }

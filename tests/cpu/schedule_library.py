@@ -56,29 +56,35 @@ TICKETS = """
 #define MOE_DEVICE inline
 #include "sched/tickets.cuh"
 using namespace moe;
-extern "C" {
-// blocks: token blocks of each local expert. out: of each ticket and both CTAs kind, expert, m_block, n_block,
-// row_begin, row_count, shares_weights. Returns the number of tickets; at most `room` are written.
-u32 pair_tickets(const u32* rows, u32 experts, u32 n1, u32 n2, u32 group, u32 lag, u32 room, u32* out) {
-    static SharedStorage<Pair> s;
+template <class C>
+u32 tickets(const u32* rows, u32 experts, u32 n1, u32 n2, u32 group, u32 lag, u32 room, u32* out) {
+    static SharedStorage<C> s;
     u32 row = 0, block = 0, pair = 0, single = 0;
     for (u32 e = 0; e <= kMaxLocalExperts; ++e) {
         s.row_offset[e] = row, s.block_offset[e] = block, s.pair_offset[e] = pair, s.single_offset[e] = single;
-        const u32 blocks = e < experts ? ceil_div(rows[e], Pair::kBlockTokens) : 0;
+        const u32 blocks = e < experts ? ceil_div(rows[e], C::kBlockTokens) : 0;
         row += e < experts ? rows[e] : 0, block += blocks, pair += blocks / 2, single += blocks % 2;
     }
     s.num_m_blocks = block;
     Launch launch{0, n1, n2, {group, lag}};
     count_tickets(launch, s);
-    const u32 tickets = s.num_tickets;
-    for (u32 ticket = 0; ticket < min_u32(tickets, room); ++ticket)
+    for (u32 ticket = 0; ticket < min_u32(s.num_tickets, room); ++ticket)
         for (launch.cta = 0; launch.cta < 2; ++launch.cta) {
             TileSlot t;
             tile_of_ticket(launch, s, ticket, t);
             const u32 words[] = {t.kind, t.expert, t.m_block, t.n_block, t.row_begin, t.row_count, t.shares_weights};
             for (u32 word : words) *out++ = word;
         }
-    return tickets;
+    return s.num_tickets;
+}
+extern "C" {
+// rows: of each local expert. out: of each ticket and both CTAs kind, expert, m_block, n_block, row_begin, row_count,
+// shares_weights. Returns the number of tickets; at most `room` are written.
+u32 pair_tickets(const u32* rows, u32 experts, u32 n1, u32 n2, u32 group, u32 lag, u32 room, u32* out) {
+    return tickets<Pair>(rows, experts, n1, n2, group, lag, room, out);
+}
+u32 split_tickets(const u32* rows, u32 experts, u32 n1, u32 n2, u32 group, u32 lag, u32 room, u32* out) {
+    return tickets<Split>(rows, experts, n1, n2, group, lag, room, out);
 }
 // Slot and parities of the first `count` positions of a ring of `slots`.
 void ring(u32 slots, u32 count, u32* out) {
@@ -98,7 +104,8 @@ SHIM = """
 namespace moe {
 constexpr u32 kMaxLocalExperts = %(experts)s;
 %(tile_slot)s
-struct Pair { static constexpr u32 kCluster = 2, kBlockTokens = 128; };
+struct Pair { static constexpr u32 kCluster = 2, kBlockTokens = 128; static constexpr bool kPairsBlocks = true; };
+struct Split { static constexpr u32 kCluster = 2, kBlockTokens = 192; static constexpr bool kPairsBlocks = false; };
 template <class C> struct SharedStorage {
     u32 num_m_blocks, num_tickets, only_pairs, pair_ratio, row_offset[kMaxLocalExperts + 1];
     u16 block_offset[kMaxLocalExperts + 1], pair_offset[kMaxLocalExperts + 1], single_offset[kMaxLocalExperts + 1];

@@ -22,11 +22,12 @@ def library(tmp_path_factory):
     return built
 
 
-def tickets(library, rows: list[int], n1: int, n2: int, group: int, lag: int) -> list[list[tuple]]:
+def tickets(library, rows: list[int], n1: int, n2: int, group: int, lag: int, kind: str = "pair") -> list[list[tuple]]:
     """Of each ticket, what both CTAs do: (kind, expert, m_block, n_block, row_begin, row_count, shares_weights)."""
     room = 20000
     out = (ctypes.c_uint32 * (room * 2 * WORDS))()
-    count = library.pair_tickets((ctypes.c_uint32 * len(rows))(*rows), len(rows), n1, n2, group, lag, room, out)
+    fill = library[f"{kind}_tickets"]
+    count = fill((ctypes.c_uint32 * len(rows))(*rows), len(rows), n1, n2, group, lag, room, out)
     assert count <= room
     flat = [tuple(out[i : i + WORDS]) for i in range(0, count * 2 * WORDS, WORDS)]
     return [flat[i : i + 2] for i in range(0, len(flat), 2)]
@@ -74,6 +75,22 @@ def test_pairs_do_every_tile_once_in_step_and_linear1_first(library):
                 seen.add((kind, m_block, n_block))
             ready.update(fresh)
         assert len(seen) == sum(blocks) * (n1 + n2)
+
+
+def test_where_a_pair_splits_weight_blocks_both_ctas_take_each_tile(library):
+    r = random.Random(1)
+    for _ in range(50):
+        rows = [r.choice((0, 1, 192, 193, r.randint(0, 700))) for _ in range(r.randint(1, 12))]
+        n1, n2 = r.randint(1, 7), r.randint(1, 9)
+        blocks = [(e, begin) for e, count in enumerate(rows) for begin in range(0, count, 192)]
+        wanted = {
+            (kind, e, m, n, sum(rows[:e]) + begin, min(192, rows[e] - begin))
+            for m, (e, begin) in enumerate(blocks)
+            for kind, count in ((LINEAR1, n1), (LINEAR2, n2)) for n in range(count)
+        }  # fmt: skip
+        found = tickets(library, rows, n1, n2, 8, 2, "split")
+        assert all(first == second and not first[6] for first, second in found)
+        assert len(found) == len(wanted) and {first[:6] for first, _ in found} == wanted
 
 
 def draw(library, seed: int, mistakes: Mistakes) -> PairModel:

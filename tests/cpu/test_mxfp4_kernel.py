@@ -1,7 +1,9 @@
-"""What the kernel does with an MXFP4 image, in its own arithmetic: csrc/gemm/mxfp4_decode.cuh by the host's compiler.
+"""What the kernel does with an MXFP4 image, in its own arithmetic: csrc/gemm/mxfp4_decode.cuh and split_rows.cuh by the
+host's compiler.
 
 Every code and scale byte is decoded; then a whole tile is: image bytes to registers as a lane reads them, registers to
-the A operand by the PTX fragment layout, times tokens in the permuted order, against the dequantized product.
+the A operand by the PTX fragment layout, times tokens in the permuted order, against the dequantized product. Then the
+halves of a block that a pair of CTAs splits: the bytes each loads, the rows its warps have, the columns they write.
 """
 
 import ctypes
@@ -18,8 +20,18 @@ from tests.cpu.host_library import CSRC, build_library
 
 SOURCE = """
 #include "gemm/mxfp4_decode.cuh"
+#include "gemm/split_rows.cuh"
+#include "sched/order.cuh"
 using namespace moe;
 extern "C" {
+u32 swizzled(u32 row, u32 byte) { return swizzle_128b(row, byte); }
+u32 piece_bytes() { return kPieceBytes; }
+u32 piece_begin(bool second, u32 half, u32 i) { return SplitRows::piece_begin(second, half, i); }
+void split_rows(bool second, u32 half, u32 warp, u32 lane, u32* out) {
+    const SplitRows rows(second, half, warp);
+    out[0] = rows.image_warp, out[1] = rows.part, out[2] = rows.column(second);
+    out[3] = rows.codes(lane), out[4] = rows.scales(lane);
+}
 void table(u64* rows) { for (u32 i = 0; i < kDecodeRows; ++i) rows[i] = decode_row(i); }
 u32 permuted(u32 column) { return permute_k(column); }
 void decode(const u32* words, const u64* rows, u32 count, u32* out) {
@@ -137,6 +149,82 @@ def test_a_tile_multiplied_as_the_kernel_does_is_the_dequantized_product(library
         expected = dense.numpy()[source[here]] @ tokens
         np.testing.assert_allclose((total * base[:, None])[here], expected, rtol=1e-12, atol=1e-12)
         assert not total[~here].any()
+
+
+def split_rows(library, linear: int, half: int) -> np.ndarray:
+    """What csrc/gemm/split_rows.cuh gives the lanes of a CTA: [8 warps, 32 lanes, (image_warp, part, column, codes,
+    scales)]."""
+    out = np.zeros((8, 32, 5), np.uint32)
+    for warp, lane in np.ndindex(8, 32):
+        library.split_rows(linear == 2, half, warp, lane, out[warp, lane].ctypes.data_as(ctypes.c_void_p))
+    return out.astype(int)
+
+
+def half_stage(library, image: np.ndarray, linear: int, half: int) -> np.ndarray:
+    """A stage's weights as load_half_image in csrc/gemm/load_weights.cuh fills them: two pieces, then all scales."""
+    begins = [library.piece_begin(linear == 2, half, i) for i in range(2)]
+    pieces = [image[begin : begin + library.piece_bytes()] for begin in begins]
+    return np.concatenate([*pieces, image[MXFP4_SCALES_OFFSET:MXFP4_IMAGE_SF_OFFSET]])
+
+
+@pytest.mark.parametrize("linear", [1, 2])
+def test_a_pair_has_every_weight_row_once(library, linear):
+    image_warp, part, *_ = np.stack([split_rows(library, linear, half) for half in range(2)]).transpose(3, 0, 1, 2)
+    low = image_warp // 4 * 128 + part * 64 + image_warp % 4 * 16 + np.arange(32) // 4
+    for q in range(4):  # lane % 4: the quarters of K, every row in each
+        rows = np.stack([low[..., q::4], low[..., q::4] + 8])
+        assert sorted(rows.flatten()) == list(range(256))
+    begins = [library.piece_begin(linear == 2, half, i) for half in range(2) for i in range(2)]
+    assert sorted(begins) == list(range(0, MXFP4_SCALES_OFFSET, library.piece_bytes()))
+
+
+@pytest.mark.parametrize("linear, hidden, intermediate", [(1, 256, 384), (2, 640, 256)])
+def test_half_a_block_is_read_from_its_stage_as_the_weights_of_its_columns(library, linear, hidden, intermediate):
+    """Through the packing: what each lane of each CTA decodes, against the unpacked weights of the columns that it
+    writes. linear1: row r is gate, row r + 8 up of one h column; linear2: y columns r and r + 8."""
+    n, k = (2 * intermediate, hidden) if linear == 1 else (hidden, intermediate)
+    fitted = fit(torch.randint(256, (n, k // 2), dtype=torch.uint8), torch.randint(113, 128, (n, k // 32)).byte())
+    images = torch.zeros(image_shape(linear, 1, hidden, intermediate)[1:], dtype=torch.uint8)
+    pack_expert(linear, fitted.codes, fitted.sf, images)
+    dense = dequantize(*unpack_expert(linear, images, n), torch.float64).numpy()
+    order = np.array([library.permuted(c) for c in range(128)])
+    rows, seen = table(library), np.zeros((n, k), int)
+    warp, lane, part, i = (a.flatten() for a in np.meshgrid(*map(np.arange, (8, 32, 2, 4)), indexing="ij"))
+    for n_block, k_block, half in np.ndindex(*images.shape[:2], 2):
+        stage = half_stage(library, images[n_block, k_block].numpy(), linear, half)
+        *_, column, codes, scales = split_rows(library, linear, half)[warp, lane].T
+        first = codes + 512 * part + 4 * i  # read_codes in csrc/gemm/mxfp4_split.cuh: two times 16 bytes
+        assert first.max() + 4 <= 2 * library.piece_bytes() <= scales.min() and scales.max() + 2 <= len(stage)
+        words = stage[first[:, None] + np.arange(4)].view(np.uint32)[:, 0]
+        values = as_float(decode(library, words, rows[stage[scales + i % 2] // 8]))
+        base = images[n_block, 0, MXFP4_IMAGE_SF_OFFSET:][:8].clone().view(torch.float32).numpy()
+        upper, r = i % 2, lane // 4
+        if linear == 1:
+            source, scale = upper * intermediate + 128 * n_block + column + r, base[upper]
+        else:
+            source, scale = 256 * n_block + column + r + 8 * upper, np.full(len(r), base[half])
+        here = source < n
+        assert not values[~here].any()
+        for byte in range(4):
+            for which in range(2):  # of the word's two registers
+                place = 32 * (2 * part + i // 2) + 4 * (lane % 4) + 16 * which + byte
+                at = source[here], 128 * k_block + np.argsort(order)[place[here]]
+                assert np.array_equal(values[here, 4 * which + byte] * scale[here], dense[at])
+                np.add.at(seen, at, 1)
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_the_h_columns_of_a_cta_are_64_bytes_of_a_row_and_stay_together(library, half):
+    """As store_h_half in csrc/pipeline/store.cuh sends them. linear2: 128 columns of y, one run of a row."""
+    columns = (split_rows(library, 1, half)[:, 0, 2, None] + np.arange(8)).flatten()
+    places = sorted(library.permuted(int(c)) for c in columns)
+    assert places == list(range(64 * half, 64 * half + 64))
+    for row in range(16):
+        begin = row * 128 + (half ^ row // 4 % 2) * 64
+        assert sorted(library.swizzled(row, place) for place in places) == list(range(begin, begin + 64))
+    columns = split_rows(library, 2, half)[:, 0, 2, None] + np.arange(16)
+    assert sorted(columns.flatten()) == list(range(128 * half, 128 * half + 128))
 
 
 SHAPES = [(256, 128), (384, 256), (128, 384), (896, 640)]

@@ -1,9 +1,12 @@
 """megamoe/plan/tiles.py: what a workspace prepares is what its calls can choose."""
 
+from dataclasses import replace
+
 import pytest
 
 from megamoe import MoEConfig
 from megamoe.plan import tiles
+from megamoe.testing.faults import device
 
 SHAPES = [(4096, 2048, 64, 6), (4096, 2048, 256, 6), (2048, 768, 8, 2), (128, 128, 2, 16)]
 
@@ -32,3 +35,12 @@ def test_combine_items_cover_a_row_in_whole_steps(tokens):
     for hidden in (128, 896, 4096, 7168):
         columns = tiles.combine_columns(hidden, tokens, 1584)
         assert columns % tiles.COMBINE_STEP == 0 and 0 < columns < hidden + tiles.COMBINE_STEP
+
+
+def test_the_table_of_faults_has_every_way_to_load_weights_and_rows():
+    chosen = {}
+    for weight_format, num_tokens in device.LABELS.values():
+        config = replace(device.CONFIG, weight_format=weight_format)
+        chosen.setdefault(weight_format, set()).add(tiles.choose_block_tokens(config, device.RANKS, num_tokens))
+    assert tiles.TOKENS_ON_M in chosen["fp8"] and min(chosen["fp8"]) <= 64
+    assert chosen["mxfp4"] == {tiles.SPLITS_WEIGHTS, tiles.TOKENS_ON_M}

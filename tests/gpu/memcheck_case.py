@@ -1,5 +1,5 @@
-"""One small case of every tile size for compute-sanitizer, without pytest: exit status 1 on a mismatch or a device
-error. launch/prove.py runs it under all four tools:
+"""One small case of every tile size for compute-sanitizer, and one of split weight blocks where experts have several
+token blocks; without pytest. Exit status 1 on a mismatch or a device error. launch/prove.py runs all four tools:
 
     compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 python tests/gpu/memcheck_case.py
 
@@ -52,19 +52,23 @@ def main() -> int:
     from tests.gpu import oracle
 
     wrong = 0
-    tiles.DECODE_AHEAD_ROWS = 110  # so that a small case reaches that tile
+    ahead, never = 110, 1 << 30  # rows: so that a small case reaches that tile
     for weight_format in tiles.TILES:
         config = MoEConfig(hidden=384, intermediate=256, num_experts=6, topk=3, weight_format=weight_format)
-        bounds = {}
+        bounds, tiles.DECODE_AHEAD_ROWS = {}, ahead
         for bound in range(600, 0, -1):  # the smallest of each tile size
             bounds[tiles.choose_block_tokens(config, ranks, bound)] = bound
         assert set(bounds) == set(tiles.TILES[weight_format]), bounds
-        capacity = max(bounds.values())
+        cases = [(block, bound, ahead, "holes") for block, bound in sorted(bounds.items())]
+        if tiles.SPLITS_WEIGHTS in bounds:  # of a full block every chunk is multiplied, of the rest behind it not all
+            cases.append((tiles.SPLITS_WEIGHTS, 230, never, "zipf"))
+        capacity = max(bound for _, bound, *_ in cases)
         ep_config = EPConfig(capacity, virtual_ranks=ranks, arrive_deadline_s=300.0, step_deadline_s=300.0, num_sms=8)
         with Workspace(config, ep_config, device="cuda") as workspace, MoELayer(config, workspace) as layer:
-            for number, (block, bound) in enumerate(sorted(bounds.items())):
+            for number, (block, bound, tiles.DECODE_AHEAD_ROWS, routing) in enumerate(cases):
+                assert tiles.choose_block_tokens(config, ranks, bound) == block, (block, bound)
                 num_tokens = [bound, 0 if number % 2 else bound // 3][:ranks] + [1] * (ranks - 2)
-                case = make_case(1, config, ranks, num_tokens, "holes", "cuda", prequantized=number % 2 == 0)
+                case = make_case(1, config, ranks, num_tokens, routing, "cuda", prequantized=number % 2 == 0)
                 oracle.load(layer, case)
                 for _ in range(given.runs):
                     outs = oracle.run_layer(layer, case, bound)

@@ -131,7 +131,8 @@ def test_loading_weights_again_under_a_captured_graph():
         del graph
 
 
-def test_bounds_choose_other_tiles_in_one_workspace():
+def test_bounds_choose_other_tiles_in_one_workspace(monkeypatch):
+    monkeypatch.setattr("megamoe.plan.tiles.DECODE_AHEAD_ROWS", 128)
     bounds = (9, 20, 44, 96, 140, 200, 300)
     tiles = dict.fromkeys(choose_block_tokens(CONFIG, 1, bound) for bound in bounds)
     assert tuple(tiles) == TILES[CONFIG.weight_format]

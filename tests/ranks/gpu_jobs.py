@@ -272,6 +272,23 @@ def different_configurations(workspace: Workspace, rank: int) -> str:
     raise AssertionError("ranks of different capacity were accepted")
 
 
+def weights_split_in_pairs(_: Workspace, rank: int) -> str:
+    """MXFP4 with many rows, none of them enough to decode weights ahead."""
+    shipped, tiles.DECODE_AHEAD_ROWS = tiles.DECODE_AHEAD_ROWS, 1 << 30
+    config = replace(LARGE, weight_format="mxfp4")
+    case = make_case(6, config, NUM_RANKS, counts(CAPACITY, 190), "zipf", "cuda")
+    assert tiles.choose_block_tokens(config, NUM_RANKS, CAPACITY) == tiles.SPLITS_WEIGHTS
+    with Workspace(config, EPConfig(CAPACITY)) as own, MoELayer(config, own) as layer:
+        load(layer, case, rank)
+        first = call(layer, case, rank, poisoned(case, rank)).clone()
+        second = call(layer, case, rank, poisoned(case, rank))
+        settle(layer)
+        result = judge(case, rank, second)
+        assert result.ok and same(first, second), result.text
+    tiles.DECODE_AHEAD_ROWS = shipped
+    return f"worst row {result.worst_row:.2e}"
+
+
 def weights_decoded_ahead(_: Workspace, rank: int) -> str:
     """MXFP4 with many rows; and ranks whose bounds ask for rows in different orders of K are told so."""
     shipped, tiles.DECODE_AHEAD_ROWS = tiles.DECODE_AHEAD_ROWS, 128
@@ -302,7 +319,7 @@ def weights_decoded_ahead(_: Workspace, rank: int) -> str:
 
 
 JOBS = (random_cases, back_to_back, uneven_pace, graph_replay, layers_take_turns, live_rebalance,
-        different_configurations, weights_decoded_ahead, absent_rank)  # fmt: skip
+        different_configurations, weights_split_in_pairs, weights_decoded_ahead, absent_rank)  # fmt: skip
 
 
 def report(**fields) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from megamoe import EPConfig, MegaMoEError, MoEConfig, MoELayer, Workspace
 from megamoe.layout import FAULT_POINTS
+from megamoe.plan import tiles
 from megamoe.steps import moe_layer
 from megamoe.testing.compare import verdict_ranks
 from megamoe.testing.data import make_case
@@ -20,8 +21,12 @@ KINDS = ("none", "delay", "drop", "corrupt")
 CONFIG = MoEConfig(hidden=512, intermediate=512, num_experts=12, topk=4)
 RANKS, FAULTY = 3, 2
 DEADLINE_S = 1.0
-# Weights on M; tokens on M, pairs of CTAs, rows counted by the grid; the same, its weights decoded ahead.
-LABELS = {"8 tokens": ("fp8", 8), "300 tokens": ("fp8", 300), "600 tokens, MXFP4": ("mxfp4", 600)}
+# Weights on M; tokens on M, pairs of CTAs, rows counted by the grid; pairs that split weight blocks; weights decoded
+# ahead.
+LABELS = {
+    "8 tokens": ("fp8", 8), "300 tokens": ("fp8", 300), "300 tokens, MXFP4": ("mxfp4", 300),
+    "800 tokens, MXFP4": ("mxfp4", 800),
+}  # fmt: skip
 
 
 class DeviceFault(NamedTuple):
@@ -50,6 +55,11 @@ FAULTS = (
     DeviceFault("decoded: late, within the deadline", "linear1", "delay", "decoded", 20_000, None),
     DeviceFault("decoded: never raised", "linear1", "drop", "decoded", 0, "were not decoded|expert rows of token"),
 )  # fmt: skip
+
+
+def decodes_ahead(weight_format: str, num_tokens: int) -> bool:
+    block = tiles.choose_block_tokens(replace(CONFIG, weight_format=weight_format), RANKS, num_tokens)
+    return tiles.decodes_ahead(weight_format, block)
 
 
 class FaultyLayer:
@@ -138,7 +148,7 @@ def rows(only: str | None = None) -> list[table.Row]:
         return [table.Row("device", fault.name, fault.step, {}, 0.0, None, "no sm_90 GPU") for fault in picked]
     found = []
     for label, (weight_format, num_tokens) in LABELS.items():
-        tried = [fault for fault in picked if (fault.point == "decoded") == (weight_format == "mxfp4")]
+        tried = [fault for fault in picked if (fault.point == "decoded") == decodes_ahead(weight_format, num_tokens)]
         if not tried:
             continue
         faulty = FaultyLayer(weight_format, num_tokens)
