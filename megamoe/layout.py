@@ -311,7 +311,7 @@ def place(dims: Dims, gap: int = 0) -> tuple[list[Placed], int, int]:
 
 
 def ctas_per_rank(num_sms: int, num_ranks: int) -> int:
-    """CTAs of each of `num_ranks` ranks that share a GPU: even, since pairs share weights in the largest tile."""
+    """CTAs of each of `num_ranks` ranks that share a GPU: even, since CTAs work in pairs in the largest tiles."""
     return num_sms // num_ranks // 2 * 2
 
 
