@@ -64,8 +64,8 @@ EXPLAINED = {
         "the readers' arrivals on tile_empty, the weights warp that waits for all of them, its arrival on tile_full, "
         "which name_rows waits for. racecheck does not follow an order through a third thread.",
         ("gemm/load_images.cuh:name_rows",),
-        ("pipeline/3_swiglu.cuh:quantize_tokens_on_m", "pipeline/4_linear2.cuh:send_rows_tokens_on_m",
-         "pipeline/store.cuh:store_rows"),
+        ("pipeline/3_swiglu.cuh:quantize_tokens_on_m", "pipeline/3_swiglu.cuh:quantize_split",
+         "pipeline/4_linear2.cuh:send_rows_tokens_on_m", "pipeline/store.cuh:store_rows"),
         {"gemm/load_images.cuh:name_rows": ("wait_mbarrier(&s.tile_full[slot], ",
                                             "mbarrier_arrive(&s.names_full[slot])",
                                             "mbarrier_arrive(&s.tile_empty[slot])"),
@@ -107,13 +107,14 @@ EXPLAINED = {
         ("gemm/load_weights.cuh:announce", "sched/tickets.cuh:tile_of_ticket"),
         ("pipeline/2_linear1.cuh:compute_tiles", "gemm/mainloop.cuh:accumulate",
          "gemm/mainloop.cuh:accumulate_weights_on_m", "gemm/mainloop.cuh:accumulate_tokens_on_m",
-         "gemm/mxfp4.cuh:accumulate_mxfp4", "pipeline/4_linear2.cuh:send_rows_tokens_on_m",
-         "pipeline/store.cuh:store_tiles", "pipeline/store.cuh:store_h", "pipeline/store.cuh:store_rows",
-         "pipeline/store.cuh:may_publish",
+         "gemm/mxfp4.cuh:accumulate_mxfp4", "gemm/mxfp4_split.cuh:accumulate_split",
+         "pipeline/4_linear2.cuh:send_rows_tokens_on_m", "pipeline/store.cuh:store_tiles", "pipeline/store.cuh:store_h",
+         "pipeline/store.cuh:store_h_half", "pipeline/store.cuh:store_rows", "pipeline/store.cuh:may_publish",
          "gemm/gather_tokens.cuh:gather_tokens", "gemm/gather_tokens.cuh:prepare", "gemm/gather_tokens.cuh:name_rows",
          "gemm/gather_tokens.cuh:wait_rows", "gemm/gather_tokens.cuh:load_linear1",
          "gemm/gather_tokens.cuh:load_linear2",
-         "gemm/load_images.cuh:load_images", "gemm/load_images.cuh:wait_rows", "gemm/load_images.cuh:name_rows"),
+         "gemm/load_images.cuh:load_images", "gemm/load_images.cuh:wait_rows", "gemm/load_images.cuh:first_rows",
+         "gemm/load_images.cuh:row_share", "gemm/load_images.cuh:name_rows"),
         {"gemm/load_weights.cuh:announce": (
              "{\n    wait_mbarrier(&s.tile_empty[number % kTileSlots], (number / kTileSlots & 1) ^ 1);",
              "ptx::mbarrier_arrive(&s.tile_full[number % kTileSlots]);\n}"),
@@ -145,7 +146,9 @@ EXPLAINED = {
              "__syncwarp();\n        if (lane == 0) {\n            ptx::mbarrier_arrive(&s.names_full[slot]);\n"
              "            ptx::mbarrier_arrive(&s.tile_empty[slot]);\n        }\n    }\n}"),
          "mega_moe.cu:init_barriers": ("mbarrier_init(&s.tile_empty[i], kTileReaders)",)},
-        {"announce": {"load_weights"}, "tile_of_ticket": {"announce"}}),
+        {"announce": {"load_weights"}, "tile_of_ticket": {"announce"}, "store_h_half": {"store_tiles"},
+         "first_rows": {"load_images", "row_share"}, "row_share": {"load_images", "wait_rows"},
+         "accumulate_split": {"compute_tiles"}}),
     "names of a tile's rows, gathered": Order(
         "Weights on M. Before they are read: name_rows' warp barrier, then lane 0's own arrival on tokens_full of the "
         "tile's first stage, in both tokens warps, which every math lane waits for; the store warp comes behind "
@@ -206,10 +209,11 @@ EXPLAINED = {
         "What the math warps read by themselves: scale factors, with MXFP4 the codes too. Before it: the copy's bytes "
         "complete weights_full, which every math lane waits for. Before the next copy into the stage: a warp barrier "
         "and lane 0's arrival on stage_empty (release_stage), behind all reads of the stage; the weights warp waits "
-        "for those of all math warps. racecheck does not follow arrivals that a copy makes, or one lane for its warp.",
+        "for those of all math warps. racecheck does not follow arrivals that a copy makes, or one lane for its warp. "
+        "decode_half reads codes where they lie in the stage for decode_slab; decode hands it registers.",
         ("ptx/copy.cuh:bulk_load_hint",),
         ("gemm/mainloop.cuh:accumulate_stage_weights_on_m", "gemm/mxfp4.cuh:decode_slab",
-         "gemm/mxfp4.cuh:accumulate_mxfp4"),
+         "gemm/mxfp4.cuh:decode_half", "gemm/mxfp4.cuh:accumulate_mxfp4"),
         {"gemm/load_weights.cuh:load_weights": (
              "wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());\n            const u8* image",
              "else load_image(l, s, image, stage.slot(), t.shares_weights);"),
@@ -230,7 +234,97 @@ EXPLAINED = {
          "gemm/mainloop_sums.cuh:release_stage": ("__syncwarp();", "if (lane == 0) ptx::mbarrier_arrive(empty);"),
          "mega_moe.cu:init_barriers": ("mbarrier_init(&s.weights_full[i], 1)",
                                        "mbarrier_init(&s.stage_empty[i], kMathWarps * C::kCluster)")},
-        {"bulk_load_hint": {"load_image"}, "decode_slab": {"accumulate_mxfp4"}}),
+        {"bulk_load_hint": {"load_image"}, "decode_slab": {"accumulate_mxfp4"},
+         "decode_half": {"decode_slab", "decode"}}),
+    "half a weight image of a stage": Order(
+        "Split weight blocks: codes, scales and base factors. Before they are read: the copies' bytes complete "
+        "weights_full, which every math lane waits for. Before the next copy into the stage: codes and scales, read a "
+        "stage ahead, are decoded before that stage is multiplied; then its chunks, a warp barrier and arrivals on "
+        "stage_empty (release_stage), in a tile's last stage behind its base factors; the weights warp of this CTA, "
+        "which alone writes there, waits for those of all math warps. racecheck does not follow arrivals that a copy "
+        "makes, or one lane for its warp. Other callers of ld_shared_v4 read what no bulk load writes: the slice of "
+        "staging that their warp has stored to (send_rows_tokens_on_m), their lane's cp.async (decode_image).",
+        ("ptx/copy.cuh:bulk_load",),
+        ("ptx/convert.cuh:ld_shared_v4", "ptx/convert.cuh:ld_shared_u16", "gemm/mxfp4_split.cuh:accumulate_split"),
+        {"gemm/load_weights.cuh:load_weights": (
+             "wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());\n            const u8* image",
+             "if constexpr (C::kSplitsWeights) load_half_image(l, s, image, stage.slot(),"),
+         "gemm/load_weights.cuh:load_half_image": ("ptx::mbarrier_arrive_expect_tx(full, 2 * kPieceBytes + kTail);",),
+         "gemm/mxfp4_split.cuh:run": (
+             "wait_mbarrier(&s.weights_full[stage.slot()], stage.consumer_parity());\n        LaneCodes first;",
+             "decode(slab[0], first, half, row);\n        wait_mbarrier(&s.tokens_full"),
+         "gemm/mxfp4_split.cuh:step": (
+             "u64* empty = &s.stage_empty[stage.slot()];",
+             "wait_mbarrier(&s.weights_full[stage.slot()], stage.consumer_parity());\n"
+             "            read_codes(next_codes);",
+             "if (!kLast && j + 1 == kChunks) release_stage<C::kCluster>(empty, lane_id());",
+             "decode(slab[kSlab ^ 1], next_codes, 0, row);\n"
+             "                if (kChunks == 2) decode(slab[kSlab ^ 1], next_codes, 1, row);",
+             "if (!kLast && j == 1 && kChunks > 2) decode(slab[kSlab ^ 1], next_codes, 1, row);"),
+         "gemm/mxfp4_split.cuh:accumulate_split": (
+             "high = second ? low : last.weights_sf[1];\n"
+             "    release_stage<C::kCluster>(&s.stage_empty[stage.slot()], lane);",),
+         "gemm/mainloop_sums.cuh:release_stage": (
+             "__syncwarp();", "if (lane < kCluster) ptx::mbarrier_arrive_cluster(empty, lane);"),
+         "mega_moe.cu:init_barriers": ("mbarrier_init(&s.weights_full[i], 1)",
+                                       "mbarrier_init(&s.stage_empty[i], kMathWarps * C::kCluster)")},
+        {"bulk_load": {"load_half_image", "load_images", "load_linear2"}, "load_half_image": {"load_weights"},
+         "ld_shared_v4": {"read_codes", "send_rows_tokens_on_m", "decode_image"}, "ld_shared_u16": {"read_codes"},
+         "read_codes": {"run", "step"}, "accumulate_split": {"compute_tiles"}}),
+    "tokens' scale factors of a stage, split weight blocks": Order(
+        "Before they are read: the bytes of both CTAs' copies complete tokens_full, which every math lane waits for a "
+        "chunk before. Before the next copies into the stage: the loads stand before the last chunk's products are "
+        "waited for; then a warp barrier and an arrival on stage_empty of both CTAs (release_stage), and the tokens "
+        "warp of either waits for those of all 16 math warps. The last chunk's factors are multiplied later: for the "
+        "other CTA's copies the arrival keeps behind their loads as ptx/mbarrier.cuh says of mbarrier_arrive_cluster. "
+        "racecheck does not follow arrivals that one lane makes for its warp at an address of the cluster.",
+        ("ptx/copy.cuh:bulk_load_pair",),
+        ("ptx/convert.cuh:ld_shared_v2_f32",),
+        {"gemm/load_images.cuh:load_images": (
+             "wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());",
+             "ptx::mbarrier_arrive_expect_tx(full, 2 * count * (kKBlock + 4));"),
+         "gemm/mxfp4_split.cuh:run": (
+             "wait_mbarrier(&s.tokens_full[stage.slot()], stage.consumer_parity());\n"
+             "        u32 tokens = tokens_of_stage();",),
+         "gemm/mxfp4_split.cuh:step": (
+             "sf_at = ptx::shared_address(s.stages[stage.slot()].tokens_sf) + sf_lane;\n"
+             "        u64* empty = &s.stage_empty[stage.slot()];",
+             "if (!kLast && j + 1 == kChunks) {\n                next_tokens = tokens_of_stage();\n"
+             "                wait_mbarrier(&s.tokens_full[stage.slot()], stage.consumer_parity());",
+             "ptx::wgmma_wait<0>();\n            ptx::wgmma_fence_operands(acc);\n"
+             "            if (!kLast && j + 1 == kChunks) release_stage<C::kCluster>(empty, lane_id());"),
+         "gemm/mxfp4_split.cuh:accumulate_split": (
+             "release_stage<C::kCluster>(&s.stage_empty[stage.slot()], lane);\n    stage.advance();",),
+         "gemm/mainloop_sums.cuh:release_stage": (
+             "__syncwarp();", "if (lane < kCluster) ptx::mbarrier_arrive_cluster(empty, lane);"),
+         "mega_moe.cu:init_barriers": ("mbarrier_init(&s.tokens_full[i], C::kTokensArrivals)",
+                                       "mbarrier_init(&s.stage_empty[i], kMathWarps * C::kCluster)")},
+        {"bulk_load_pair": {"load_image", "load_images"}, "ld_shared_v2_f32": {"step"}}),
+    "row maxima of the other CTA": Order(
+        "partner_amax, written by the other CTA. Before it is read: that warp's barrier and its lane 0's "
+        "arrive.release.cluster on amax_full, which every reading thread waits for with acquire.cluster. Before it is "
+        "written again, two linear1 tiles on: the reader's warp arrives on the other CTA's amax_full of the tile "
+        "between, behind its read, and every writer has waited for all of those. amax_turn, which tells the tiles "
+        "apart, changes between two barriers of all math warps. racecheck does not follow arrivals that one lane makes "
+        "for its warp at an address of the cluster. Other callers of st_shared_cluster write other words.",
+        ("ptx/mbarrier.cuh:st_shared_cluster",),
+        ("pipeline/3_swiglu.cuh:largest_of_pair",),
+        {"pipeline/3_swiglu.cuh:largest_of_pair": (
+             "turn = s.amax_turn, buffer = turn % 2, other = l.cta % 2 ^ 1;",
+             "other, __float_as_uint(amax));\n    __syncwarp();\n    if (token % 32 == 0) "
+             "ptx::mbarrier_arrive_release_cluster(&s.amax_full[buffer], other);\n"
+             "    wait_mbarrier_acquire_cluster(&s.amax_full[buffer], turn / 2);\n"
+             "    return fmaxf(amax, __uint_as_float(s.partner_amax[buffer][token]));"),
+         "pipeline/3_swiglu.cuh:quantize_split": (
+             "ptx::named_barrier_sync<kBarrierMath, kMathWarps * 32>();\n    f32* sf",
+             "if (thread < C::kBlockTokens) {", "row = largest_of_pair(l, s, row, thread);",
+             "ptx::named_barrier_sync<kBarrierMath, kMathWarps * 32>();\n"
+             "    if (thread == 0) s.amax_turn = (s.amax_turn + 1) % 4;"),
+         "ptx/mbarrier.cuh:mbarrier_arrive_release_cluster": ("mbarrier.arrive.release.cluster.shared::cluster.b64",),
+         "ptx/mbarrier.cuh:mbarrier_try_wait_acquire_cluster": ("mbarrier.try_wait.parity.acquire.cluster",),
+         "mega_moe.cu:init_barriers": ("ptx::mbarrier_init(&full, C::kBlockTokens / 32);",)},
+        {"st_shared_cluster": {"agree_in_cluster", "take", "largest_of_pair"}, "largest_of_pair": {"quantize_split"},
+         "quantize_split": {"swiglu_and_quantize"}}),
     "what the last barrier tells": Order(
         "is_last_cta and aborted: written by thread 0 between two barriers of all threads, once a launch, and read "
         "after the second. Why racecheck reports it, which knows such barriers elsewhere, is not known.",

@@ -94,6 +94,36 @@ RECORDED = """
 =========     and Read access at
 =========     moe::permute_rows() in 1_permute.cuh[copy_rows(l, s, first_item(l), s.row_offset] [64 hazards]
 =========
+========= Error: Race reported between Write access at
+=========     moe::ptx::bulk_load_hint()+0x16420 in copy.cuh[complete_tx::bytes.L2::cache_hint]
+=========     and Read access at moe::decode_half()+0x7650 in mxfp4.cuh[const u32 word[4] = ] [7936 hazards]
+=========
+========= Error: Race reported between Write access at
+=========     moe::ptx::bulk_load()+0x25e30 in copy.cuh[complete_tx::bytes [%0], [%1], %2, [%3];]
+=========     and Read access at moe::ptx::ld_shared_v4()+0x78d0 in convert.cuh["ld.shared.v4] [63488 hazards]
+=========     and Read access at moe::ptx::ld_shared_u16()+0x78a0 in convert.cuh[ld.shared.u16] [15870 hazards]
+=========     and Read access at
+=========     void moe::accumulate_split()+0x158f0 in mxfp4_split.cuh[const f32 low = last.weights_sf] [128 hazards]
+=========
+========= Error: Race reported between Write access at
+=========     moe::ptx::bulk_load_pair()+0x231c0 in copy.cuh[multicast::cluster [%0]]
+=========     and Read access at moe::ptx::ld_shared_v2_f32()+0x8380 in convert.cuh["ld.shared.v2.f32] [768 hazards]
+=========
+========= Error: Race reported between Write access at
+=========     moe::ptx::st_shared_cluster()+0x19ea0 in mbarrier.cuh[st.shared::cluster.u32]
+=========     and Read access at
+=========     moe::largest_of_pair()+0x19fb0 in 3_swiglu.cuh[s.partner_amax[buffer][token]));] [13392 hazards]
+=========
+========= Error: Race reported between Write access at
+=========     moe::name_rows()+0x202b0 in load_images.cuh[s.tile_weights[slot][r] = weight;]
+=========     and Read access at
+=========     void moe::quantize_split()+0x18100 in 3_swiglu.cuh[const float2 weight = ] [736 hazards]
+=========
+========= Error: Race reported between Read access at
+=========     void moe::store_h_half()+0x241e0 in store.cuh[r < t.row_count && publish; r += 32) {]
+=========     and Write access at
+=========     void moe::tile_of_ticket()+0x26e20 in tickets.cuh[t.row_count = idle] [64 hazards]
+=========
 """
 
 
