@@ -18,15 +18,16 @@ struct Config {
     static constexpr u32 kBlockTokens = kBlockTokens_;
     static constexpr bool kDecodesAhead = kFormat_ == kMxfp4 && kBlockTokens == 128;
     static constexpr bool kDecodesInLoop = kFormat_ == kMxfp4 && !kDecodesAhead;
-    // The two want rows in different orders of K. So the number of tokens tells the peers in its top bit which it is.
     static constexpr bool kIsMxfp4 = kFormat_ == kMxfp4;
+    // Decoding ahead and in the loop want rows in different orders of K, and a rank chooses by its own bound. So each
+    // tells the peers which it chose, in the top bit of its number of tokens.
     static constexpr u32 kAheadBit = kDecodesAhead ? 1u << 31 : 0;
-    // Few rows an expert: weights are the wgmma M side, so padding costs at most the rest of a
-    // tile of tokens. Many: tokens are.
+    // Few rows an expert: weights are the wgmma M side, so padding costs at most the rest of a tile of tokens. Many:
+    // tokens are. Codes decoded into registers can only be the A operand, which is M.
     static constexpr bool kWeightsOnM = kDecodesInLoop || kBlockTokens <= 64;
     // Many rows: CTAs work in pairs. FP8 images: two token blocks against one weight block, of which each CTA loads
-    // half for both; that takes 32 instead of 48 KB a stage from the L2 cache: at full tensor rate 48 KB would be 10
-    // TB/s.
+    // half for both; that takes 32 instead of 48 KB a stage from the L2 cache: at full tensor rate 48 KB would be
+    // 10 TB/s.
     static constexpr bool kPairsBlocks = !kWeightsOnM;
     // MXFP4: one token block against a weight block's two halves (gemm/split_rows.cuh), each CTA loading half of the
     // rows for both. So a weight is decoded once for 192 rows: 256 weight rows leave registers for 96 sums a thread.
@@ -36,7 +37,8 @@ struct Config {
     static constexpr u32 kCluster = kInExpertOrder ? 2 : 1;
     static constexpr u32 kTilesABlock = kSplitsWeights ? 2 : 1;  // CTAs that share a token and weight block
     static constexpr u32 kTileColumns = kNBlock / kTilesABlock;  // weight rows of a tile
-    // What a tile is computed from may be lost to the other CTA of the pair alone.
+    // A CTA may lose what only others can see is lost: weights they decode, or the partner's half of the rows. So the
+    // store warp looks at the abort word before it publishes (may_publish).
     static constexpr bool kPartnerMayLose = kDecodesAhead || kSplitsWeights;
 
     static constexpr u32 kImageSfOffset = kDecodesInLoop ? kMxfp4ImageSfOffset : kFp8ImageSfOffset;

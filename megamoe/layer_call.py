@@ -20,13 +20,13 @@ class LayerCall:
     def __init__(self, config: MoEConfig, workspace, engine, index: int, source: "LayerCall | None"):
         self.workspace, self.engine, self.index, self.source = workspace, engine, index, source
         self.virtual_ranks = workspace.ep_config.virtual_ranks
-        # Of what has passed, all layers of this config in the workspace know
+        # Shared by all layers of this config in the workspace: what passed in one is not checked again in another
         self.checks = workspace.call_checks.setdefault(
             config, checks.CallChecks(config, workspace.device, workspace.ep_config.num_max_tokens_per_rank)
         )
         self.dtype: torch.dtype | None = None
         self.loaded = False
-        self.counters, self.repeats = Counters(), 0  # calls like the last one are still to be added
+        self.counters, self.repeats = Counters(), 0  # repeats: calls like the last one that are not in counters yet
         self.forget()
 
     def forget(self) -> None:
@@ -51,8 +51,8 @@ class LayerCall:
     def __call__(self, hidden_states, topk_idx, topk_weights, num_tokens, num_tokens_bound, out):
         """MoELayer.forward outside of a compiler's trace.
 
-        Each line is host time of every call (tests/cpu/test_host_cost.py): what is like the last call writes addresses
-        and launches. Where anything differs it goes the long way, which has the checks and all errors."""
+        Each line is host time of every call (tests/cpu/test_host_cost.py): a call like the last one only writes
+        addresses and launches. Any other goes the long way, which has the checks and all errors."""
         kind, workspace = self.kind, self.workspace
         if (
             kind is not None

@@ -86,8 +86,8 @@ def decode(words, num_ctas: int) -> Lists:
 
 @contextlib.contextmanager
 def collector_paused():
-    """While many records are made, of which none is garbage: Python would look through all of them again and again,
-    half of the time."""
+    """For while many records are made, none of them garbage: the collector, looking through all of them again and
+    again, would take half of the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -153,14 +153,14 @@ def _meta(where: str, kind: str, **args) -> str:
 
 
 def summary(lists_of_ranks: list[Lists], all_spans: list[Span] | None = None) -> dict:
-    """Times in microseconds, those without `mean` or `max` counted from the first record of any rank. all_spans:
+    """Times in microseconds; moments are counted from the first record of any rank. all_spans:
     spans_of(lists_of_ranks), where it is made already.
 
     Keys: total_us; clock_step_ns (smallest distance of two records of a rank: the timer's grain); row_list_us,
-    pushed_us, combined_us (last CTA to have its row list, to have sent its rows, whose exchange warp has combined; math
-    warps that help it are done by total_us); exposed_us: see exposed(); full_lists (lists that may lack their end, as
-    TRACE_RECORDS were written); roles: {role: {first_tile_us, last_tile_end_us, spans: {name: {count, mean_us, max_us,
-    us_a_cta}}}}. ValueError without a record.
+    pushed_us, combined_us (moments when the last CTA has its row list, has sent its rows and, for pairs of CTAs, sorted
+    those it got, has combined with its exchange warps; math warps that help are done by total_us); exposed_us: see
+    exposed(); full_lists (lists that may lack their end, as TRACE_RECORDS were written); roles: {role: {first_tile_us,
+    last_tile_end_us, spans: {name: {count, mean_us, max_us, us_a_cta}}}}. ValueError without a record.
     """
     records = [record for lists in lists_of_ranks for some in lists.values() for record in some]
     if not records:
@@ -273,9 +273,10 @@ each SM has one CTA; a bar is the time between two records of that row, named af
 
   plan      start > list (routing of all ranks has come, rows are listed) > end of the call
   weights   tile > k_loop (all is loaded)
-  tokens    tile > rows_named (up to 64 rows a tile) > rows_here (rows or h have come) > k_loop (all is loaded)
+  tokens    tile > rows_named (tiles of up to 96 tokens, whose rows are gathered) > rows_here (rows or h have come)
+            > k_loop (all is loaded)
   math0, math1      tile > first_stage > k_loop (tensor cores) > staging > epilogue
-  store     tile > stored          exchange   start > pushed (own rows are sent) > combined
+  store     tile > stored          exchange   start > pushed (own rows sent; pairs of CTAs: rows sorted) > combined
 
 The summary's words, of an average CTA by its first math warpgroup: dispatch, from the start to the first tile; tensor,
 k loops; epilogue; waits, inside and between tiles, for rows, weights or h; combine, after the last tile. They add up to

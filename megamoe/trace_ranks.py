@@ -30,7 +30,7 @@ def pack(lists: Lists) -> str:
 
 
 def unpack(text: str) -> Lists:
-    """What pack() made of lists, as such."""
+    """The lists that pack() made this text of."""
     zero, rows = json.loads(zlib.decompress(base64.b64decode(text)))
     return {
         (cta, TRACE_ROLES[role]): [

@@ -103,8 +103,8 @@ def trace_call(
                 readings = [] if clock is None else [clock.read()]
             fused.kernels[key] = traced
             try:
-                # Without a buffer nothing is noted. Ranks leave the meeting above milliseconds apart: the traced call
-                # follows these at once, which have brought the GPUs in step.
+                # Nothing is noted without a buffer. Ranks leave the meeting above milliseconds apart; these calls bring
+                # the GPUs in step, and the traced one follows at once.
                 call(WARM_UP_CALLS)
                 for rank, buffer in enumerate(buffers):
                     layer._engine.params.ranks[rank].trace = buffer.data_ptr()

@@ -1,7 +1,7 @@
 // The K loop of a math warpgroup where the CTAs of a pair split an MXFP4 weight block: 64 weight rows against up to 192
 // tokens, so that a weight is decoded once for all of them. Chunks of 48 tokens take turns in one set of accumulators;
-// the other warpgroup's products fill the promotions. Chunks that are all padding are left out: the loop is built once
-// for each number of them, since products in work across a branch would be waited for.
+// the other warpgroup's products fill the promotions. Chunks that are all padding are left out. The loop is built once
+// for each number of chunks: with a branch around each, ptxas would wait for every product (C7510, notes/0010).
 #pragma once
 #include "gemm/mxfp4.cuh"
 #include "gemm/split_rows.cuh"
@@ -106,7 +106,7 @@ struct SplitLoop {
     }
 };
 
-// All K of one tile.
+// All K of one tile. The scales' base of a weight row is constant along K, so it multiplies the sums once, at the end.
 template <class C>
 MOE_DEVICE void accumulate_split(const Launch& l, SharedStorage<C>& s, Accumulator<C>& out,
                                  RingPosition<kStages<C>>& stage, const TileSlot& t) {

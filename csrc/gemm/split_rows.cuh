@@ -1,5 +1,5 @@
-// How the CTAs of a pair split an MXFP4 weight block of 256 rows, and their warps what the CTA has. Also built by a
-// host compiler (tests/cpu/test_mxfp4_kernel.py).
+// How the CTAs of a pair split an MXFP4 weight block of 256 rows, and each CTA's warps its half. Also built by a host
+// compiler (tests/cpu/test_mxfp4_kernel.py).
 #pragma once
 #include "params.gen.cuh"
 #include "prelude.cuh"
@@ -10,8 +10,8 @@ constexpr u32 kPieceBytes = kMxfp4ScalesOffset / 4;  // codes of two of the 8 wa
 
 // Which 16 of the block's rows a math warp of CTA `half` has: those of one slab of one image warp. The warps of a wgmma
 // A operand need not be neighbours in the image, for it comes from registers. linear1: two of each four image warps,
-// whose 64 columns of h are bytes 64 half to 64 half + 63 of a row in the order of permute_k. linear2: 128 columns of
-// y.
+// whose 64 columns of h are bytes 64 half to 64 half + 63 of a row in the order of permute_k. linear2: four image
+// warps, 128 columns of y.
 struct SplitRows {
     u32 image_warp, part;  // part: of the image warp's two slabs
     u32 piece;             // of the two that the CTA loads
@@ -31,7 +31,7 @@ struct SplitRows {
         return piece * kPieceBytes + image_warp % 2 * (kPieceBytes / 2) + part * 1024 + lane * 16;
     }
     MOE_HOST_DEVICE u32 scales(u32 lane) const { return 2 * kPieceBytes + (image_warp * 32 + lane) * 4 + part * 2; }
-    // Of a thread's row r: r more than this is its h column of 128 (up: r + 8), or its y column of 256.
+    // Row r of the warp's 16 is column() + r of y's 256, or, for r < 8 (gate; up is row r + 8), of h's 128.
     MOE_HOST_DEVICE u32 column(bool second) const {
         return second ? image_warp / 4 * 128 + part * 64 + image_warp % 4 * 16
                       : image_warp / 4 * 64 + part * 32 + image_warp % 4 * 8;

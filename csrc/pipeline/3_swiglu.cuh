@@ -37,9 +37,8 @@ MOE_DEVICE u32 h_byte(u32 column) {
     return C::kDecodesInLoop ? permute_k(column) : column;
 }
 
-// Weights on M: a thread holds gate (row r) and up (row r + 8) of h column 8 (4 slab + warp % 4) + r, for tokens 8 j +
-// 2 q
-// + {0, 1}.
+// Weights on M: a thread holds gate (row r) and up (row r + 8) of h column 8 (4 slab + warp % 4) + r, for tokens
+// 8 j + 2 q + {0, 1}.
 template <class C>
 MOE_DEVICE void quantize_weights_on_m(const Launch& l, SharedStorage<C>& s, Accumulator<C>& acc, const f32* weights,
                                       u32 warp, u32 lane) {
@@ -71,8 +70,7 @@ MOE_DEVICE void quantize_weights_on_m(const Launch& l, SharedStorage<C>& s, Accu
 #pragma unroll
         for (u32 w = 0; w < kMathWarps; ++w) amax = fmaxf(amax, s.row_amax[w][thread]);
         sf[thread] = ptx::e4m3_sf(amax);
-        // The reciprocal suffices here: h is fp32, so quotients rarely lie on a tie of e4m3 (in dispatch they often
-        // do).
+        // The reciprocal suffices here: h is fp32, so quotients rarely lie on a tie of e4m3; in dispatch they often do.
         s.row_scale[thread] = ptx::reciprocal(ptx::e4m3_sf(amax));
     }
     ptx::named_barrier_sync<kBarrierMath, kMathWarps * 32>();
@@ -92,9 +90,10 @@ MOE_DEVICE void quantize_weights_on_m(const Launch& l, SharedStorage<C>& s, Accu
     }
 }
 
-// The CTAs of a pair have 64 columns each of 128: the largest of a row is the larger of both, exchanged between them.
-// Two buffers, in turn: a CTA sends for the next linear1 tile once it has read the other's for this one. And two
-// mbarriers: all its warps have sent then, but the other CTA's may not have seen yet that it had for this one.
+// Each CTA of a pair has 64 of the 128 columns: they exchange their largest values, and a row's is the larger of both.
+// Two buffers, in turn: a CTA that has read the other's values of this tile may send its own of the next linear1 tile
+// while the other still reads those of this one. Two mbarriers, for the same reason: with one, its arrivals for the
+// next tile could complete a further phase before all of the other's warps have seen this one.
 template <class C>
 MOE_DEVICE f32 largest_of_pair(const Launch& l, SharedStorage<C>& s, f32 amax, u32 token) {
     const u32 turn = s.amax_turn, buffer = turn % 2, other = l.cta % 2 ^ 1;
@@ -116,8 +115,8 @@ MOE_DEVICE void halve_amax(f32* amax, u32 lane, u32 lane_bit) {
     }
 }
 
-// Half a weight block: a thread holds gate (row r) and up (row r + 8) of one h column, for tokens 48 chunk + 8 j + 2 q
-// + {0, 1}.
+// Half a weight block: a thread holds gate (row r) and up (row r + 8) of one h column, for tokens
+// 48 chunk + 8 j + 2 q + {0, 1}.
 template <class C>
 MOE_DEVICE void quantize_split(const Launch& l, SharedStorage<C>& s, Accumulator<C>& acc, const f32* weights, u32 warp,
                                u32 lane) {

@@ -53,7 +53,7 @@ def rows_an_expert(config, ep_size: int, num_tokens_bound: int) -> float:
 
 
 def rows_wanted(config, ep_size: int, num_tokens_bound: int) -> float:
-    """Rows a routed expert on average, r, and 1.5 standard deviations of a uniform routing.
+    """Rows of a routed expert on average, r, and 1.5 standard deviations of a uniform routing: r + 1.5 sqrt(r).
 
     A shared expert may have more, and take several blocks; its weights come from the L2 cache after the first, since
     blocks of one expert run together."""
@@ -96,8 +96,8 @@ def in_expert_order(block_tokens: int) -> bool:
 def tile_order(block_tokens: int) -> tuple[int, int]:
     """(group, lag) of csrc/sched/order.cuh.
 
-    Few rows an expert: all of linear1, then all of linear2. Many: waves of two rounds of the GPU at intermediate 2048,
-    linear2 two waves behind; where CTAs work in pairs, a round is half as many tickets.
+    Tiles of up to 64 tokens: all of linear1, then all of linear2. Above: waves of about two tiles a CTA at intermediate
+    2048, linear2 two waves behind; where CTAs work in pairs, a ticket is two tiles.
     """
     if block_tokens <= 64:
         return 1, 1 << 20
