@@ -7,6 +7,7 @@ up. A rank that is busy with something long that its peers must not count, such 
 
 import contextlib
 import json
+import sys
 import threading
 import time
 import weakref
@@ -102,6 +103,35 @@ def busy(group, deadline_s: float = DEADLINE_S):
                 done.wait(min(HEARTBEAT_S, deadline_s / 5))
 
     thread = threading.Thread(target=beat, name="megamoe-busy", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def told(group, call: str, deadline_s: float = DEADLINE_S):
+    """Around a library's collective call, which waits for its peers without end and cannot be given up: a line on
+    stderr for each deadline_s that it lasts, naming the call and where each peer was last seen."""
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    store = distributed_c10d._get_process_group_store(group)
+    begin, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(deadline_s):
+            try:
+                seen = ", ".join(f"rank {peer} {_last_seen(store, peer)}" for peer in range(num_ranks) if peer != rank)
+            except RuntimeError as error:
+                seen = f"the store of the process group is gone: {str(error).splitlines()[0]}"
+            print(
+                f"megamoe: rank {rank} is in {call} for {time.monotonic() - begin:.1f} s, which has no deadline and "
+                f"waits for all ranks: {seen}\n  remedy: if a rank has died there, stop the job: its launcher can",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+
+    thread = threading.Thread(target=tell, name="megamoe-told", daemon=True)
     thread.start()
     try:
         yield

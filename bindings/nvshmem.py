@@ -6,7 +6,8 @@ the kernel gets peer addresses as numbers and holds no NVSHMEM device code.
 
 Collective throughout: every rank of the group makes the same calls in the same order. A stage that failed anywhere is
 known everywhere before anybody goes on (`agree`), so the healthy ranks raise too instead of hanging. NVSHMEM's own
-collective calls have no deadline: the ranks meet in front of each (`gather`), which a missing one does not pass.
+collective calls have no deadline: the ranks meet in front of each (`gather`), which a missing one does not pass, and
+one that lasts inside it is told (`told`).
 """
 
 import ctypes
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import MissingLibraryError
-from .gather import agree, gather
+from .gather import agree, gather, told
 
 INIT_ATTEMPTS = 3  # bootstrap sockets of jobs that share a host collide now and then
 _INITIALIZED = 2  # nvshmemx_init_status; below it, 3.4.5's finalize ends the whole process with status 255
@@ -43,7 +44,8 @@ class Session:
         address, problem = 0, None
         gather(self.group, "nvshmem_malloc", None, self.deadline_s)  # which itself waits for all, and for ever
         try:
-            address = self.library.malloc(num_bytes)
+            with told(self.group, "nvshmem_malloc", self.deadline_s):
+                address = self.library.malloc(num_bytes)
         except Exception as error:
             problem = f"nvshmem_malloc({num_bytes}) raised {error}"
         if problem is None and not address:
@@ -65,7 +67,8 @@ class Session:
 
     def free(self, address: int) -> None:
         """Collective, and in the same order on every rank."""
-        self.library.free(address)
+        with told(self.group, "nvshmem_free", self.deadline_s):
+            self.library.free(address)
 
     def release(self) -> None:
         """Collective. The last user's release finalizes NVSHMEM, if it was initialised here."""
@@ -76,7 +79,8 @@ class Session:
                 return
             _session = None
             if self.owned and self.library.init_status() >= _INITIALIZED:
-                self.library.hostlib_finalize()
+                with told(self.group, "nvshmem_finalize", self.deadline_s):
+                    self.library.hostlib_finalize()
 
 
 def acquire(group, num_bytes: int, memory_bytes: int, deadline_s: float) -> Session:
@@ -225,7 +229,8 @@ def _try_init(library, group, rank: int, num_ranks: int, deadline_s: float) -> s
     try:
         attributes = library.InitAttr()
         library.set_attr_uniqueid_args(rank, num_ranks, uid.ptr, attributes.ptr)
-        library.hostlib_init_attr(library.Flags.INIT_WITH_UNIQUEID, attributes.ptr)
+        with told(group, "nvshmem_init", deadline_s):
+            library.hostlib_init_attr(library.Flags.INIT_WITH_UNIQUEID, attributes.ptr)
     except Exception as error:
         return f"nvshmemx_hostlib_init_attr raised {error}"
     return None

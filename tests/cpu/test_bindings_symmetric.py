@@ -1,7 +1,9 @@
 """Symmetric memory without a GPU: in-process arenas, pinned words over a stand-in driver, and NVSHMEM's collective
 protocol between two real gloo ranks over a stand-in library whose heaps are shared files."""
 
+import contextlib
 import ctypes
+import io
 import itertools
 import json
 import mmap
@@ -9,6 +11,7 @@ import os
 import re
 import socket
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,6 +133,7 @@ class SharedLibrary:
 
     def hostlib_init_attr(self, flags, attributes):
         assert flags == 8 and os.environ["NVSHMEM_DISABLE_NVLS"] == "1"
+        time.sleep(self.faults.get("init_s", 0))
         self.events.append("init")
         if self.faults.get("init", 0) >= self.events.count("init"):
             raise RuntimeError("bootstrap refused")
@@ -214,6 +218,12 @@ def fail_inside(rank: int, library: SharedLibrary) -> dict:
         return {"raised": str(error)}
 
 
+def slow_init(rank: int, library: SharedLibrary) -> dict:
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        NvshmemMemory(100, device="cuda:0", deadline_s=0.4).close()
+    return {"said": said.getvalue()}
+
+
 def other_group(rank: int, library: SharedLibrary) -> dict:
     alone = dist.new_group([0]), dist.new_group([1])
     with NvshmemMemory(100, device="cuda:0"):
@@ -234,6 +244,7 @@ SCENARIOS = {
     "never": (close_then_again, {"init": 9}, {}),
     "null": (close_then_again, {}, {"ptr": "null"}),
     "elsewhere": (close_then_again, {"ptr": "elsewhere"}, {}),
+    "slow": (slow_init, {"init_s": 1.0}, {"init_s": 1.0}),
     "full": (close_then_again, {}, {"malloc": True}),
     "user": (fail_inside, {}, {}),
     "sizes": (sizes_differ, {}, {}),
@@ -313,6 +324,14 @@ def test_what_was_begun_is_undone_after_an_error(ranks):
     assert all(rank["full"]["events"] == ["init", "malloc", "finalize"] for rank in ranks)
     assert ranks[0]["never"]["events"] == ["init"] * 3 and ranks[1]["never"]["events"] == ["init", "finalize"] * 3
     assert all(rank[name]["events"] == [] for name in ("sizes", "shared", "foreign") for rank in ranks)
+
+
+def test_who_is_long_in_a_call_without_deadline_says_so(ranks):
+    for rank, found in enumerate(ranks):
+        line = (f"megamoe: rank {rank} is in nvshmem_init for 0.4 s, which has no deadline and waits for all ranks: "
+                f"rank {1 - rank} was last seen at NVSHMEM id, its number")
+        assert line in found["slow"]["said"] and found["slow"]["said"].count("megamoe:") == 2, found["slow"]
+        assert "remedy: " in found["slow"]["said"] and found["slow"]["events"] == ["init", "malloc", "free", "finalize"]
 
 
 def test_an_exception_of_the_user_makes_no_collective_call(ranks):
