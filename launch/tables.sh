@@ -59,7 +59,7 @@ case "$name" in
         step 60 python3 -m megamoe compile
         step 90 python3 benchmarks/in_model.py --results "$results/in_model" "${commit[@]}"
         step 90 launch/torchrun.sh 2 benchmarks/in_model.py --results "$results/in_model" "${commit[@]}"
-        step 150 launch/torchrun.sh 2 benchmarks/in_model.py --parts text --results "$results/in_model" "${commit[@]}"
+        step 240 launch/torchrun.sh 2 benchmarks/in_model.py --parts text --results "$results/in_model" "${commit[@]}"
         ;;
     tiny)
         ranks=2
