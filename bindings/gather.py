@@ -92,9 +92,8 @@ def busy(group, deadline_s: float = DEADLINE_S):
         yield
         return
     store, key = distributed_c10d._get_process_group_store(group), f"megamoe/busy/{dist.get_rank(group)}"
-    done = threading.Event()
 
-    def beat() -> None:
+    def beat(done: threading.Event) -> None:
         number = 0
         with contextlib.suppress(RuntimeError):  # the store is gone: the next gather says so
             while not done.is_set():
@@ -102,24 +101,20 @@ def busy(group, deadline_s: float = DEADLINE_S):
                 number += 1
                 done.wait(min(HEARTBEAT_S, deadline_s / 5))
 
-    thread = threading.Thread(target=beat, name="megamoe-busy", daemon=True)
-    thread.start()
-    try:
+    with _beside(beat, "megamoe-busy"):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 @contextlib.contextmanager
 def told(group, call: str, deadline_s: float = DEADLINE_S):
     """Around a library's collective call, which waits for its peers without end and cannot be given up: a line on
-    stderr for each deadline_s that it lasts, naming the call and where each peer was last seen."""
+    stderr for each deadline_s that it lasts, naming the call and where each peer was last seen. Only of a call that
+    releases the interpreter's lock."""
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
     store = distributed_c10d._get_process_group_store(group)
-    begin, done = time.monotonic(), threading.Event()
+    begin = time.monotonic()
 
-    def tell() -> None:
+    def tell(done: threading.Event) -> None:
         while not done.wait(deadline_s):
             try:
                 seen = ", ".join(f"rank {peer} {_last_seen(store, peer)}" for peer in range(num_ranks) if peer != rank)
@@ -131,7 +126,15 @@ def told(group, call: str, deadline_s: float = DEADLINE_S):
                 file=sys.stderr, flush=True,
             )  # fmt: skip
 
-    thread = threading.Thread(target=tell, name="megamoe-told", daemon=True)
+    with _beside(tell, "megamoe-told"):
+        yield
+
+
+@contextlib.contextmanager
+def _beside(work, name: str):
+    """While inside, work(done) runs in a thread; it ends soon after the event `done` is set."""
+    done = threading.Event()
+    thread = threading.Thread(target=work, args=(done,), name=name, daemon=True)
     thread.start()
     try:
         yield

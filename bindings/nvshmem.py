@@ -6,8 +6,9 @@ the kernel gets peer addresses as numbers and holds no NVSHMEM device code.
 
 Collective throughout: every rank of the group makes the same calls in the same order. A stage that failed anywhere is
 known everywhere before anybody goes on (`agree`), so the healthy ranks raise too instead of hanging. NVSHMEM's own
-collective calls have no deadline: the ranks meet in front of each (`gather`), which a missing one does not pass, and
-one that lasts inside it is told (`told`).
+collective calls have no deadline: the ranks meet in front of each (`gather`), which a missing one does not pass.
+An init that lasts is told (`told`); malloc, free and finalize of nvshmem4py 0.4.1 hold the interpreter, so that no
+thread could tell of them.
 """
 
 import ctypes
@@ -44,8 +45,7 @@ class Session:
         address, problem = 0, None
         gather(self.group, "nvshmem_malloc", None, self.deadline_s)  # which itself waits for all, and for ever
         try:
-            with told(self.group, "nvshmem_malloc", self.deadline_s):
-                address = self.library.malloc(num_bytes)
+            address = self.library.malloc(num_bytes)
         except Exception as error:
             problem = f"nvshmem_malloc({num_bytes}) raised {error}"
         if problem is None and not address:
@@ -67,8 +67,7 @@ class Session:
 
     def free(self, address: int) -> None:
         """Collective, and in the same order on every rank."""
-        with told(self.group, "nvshmem_free", self.deadline_s):
-            self.library.free(address)
+        self.library.free(address)
 
     def release(self) -> None:
         """Collective. The last user's release finalizes NVSHMEM, if it was initialised here."""
@@ -79,8 +78,7 @@ class Session:
                 return
             _session = None
             if self.owned and self.library.init_status() >= _INITIALIZED:
-                with told(self.group, "nvshmem_finalize", self.deadline_s):
-                    self.library.hostlib_finalize()
+                self.library.hostlib_finalize()
 
 
 def acquire(group, num_bytes: int, memory_bytes: int, deadline_s: float) -> Session:

@@ -272,6 +272,17 @@ def different_configurations(workspace: Workspace, rank: int) -> str:
     raise AssertionError("ranks of different capacity were accepted")
 
 
+def judged_twice(layer: MoELayer, case, rank: int):
+    """Loads the case's weights; two calls, the second of them right, and bit for bit the first."""
+    load(layer, case, rank)
+    first = call(layer, case, rank, poisoned(case, rank)).clone()
+    second = call(layer, case, rank, poisoned(case, rank))
+    settle(layer)
+    result = judge(case, rank, second)
+    assert result.ok and same(first, second), result.text
+    return result
+
+
 def weights_split_in_pairs(_: Workspace, rank: int) -> str:
     """MXFP4 with many rows, none of them enough to decode weights ahead."""
     shipped, tiles.DECODE_AHEAD_ROWS = tiles.DECODE_AHEAD_ROWS, 1 << 30
@@ -279,12 +290,7 @@ def weights_split_in_pairs(_: Workspace, rank: int) -> str:
     case = make_case(6, config, NUM_RANKS, counts(CAPACITY, 190), "zipf", "cuda")
     assert tiles.choose_block_tokens(config, NUM_RANKS, CAPACITY) == tiles.SPLITS_WEIGHTS
     with Workspace(config, EPConfig(CAPACITY)) as own, MoELayer(config, own) as layer:
-        load(layer, case, rank)
-        first = call(layer, case, rank, poisoned(case, rank)).clone()
-        second = call(layer, case, rank, poisoned(case, rank))
-        settle(layer)
-        result = judge(case, rank, second)
-        assert result.ok and same(first, second), result.text
+        result = judged_twice(layer, case, rank)
     tiles.DECODE_AHEAD_ROWS = shipped
     return f"worst row {result.worst_row:.2e}"
 
@@ -299,12 +305,7 @@ def weights_decoded_ahead(_: Workspace, rank: int) -> str:
     assert blocks[0] < blocks[1] == tiles.TOKENS_ON_M, blocks
     with Workspace(config, EPConfig(CAPACITY, arrive_deadline_s=5.0, step_deadline_s=5.0)) as own:
         with MoELayer(config, own) as layer:
-            load(layer, case, rank)
-            first = call(layer, case, rank, poisoned(case, rank)).clone()
-            second = call(layer, case, rank, poisoned(case, rank))
-            settle(layer)
-            result = judge(case, rank, second)
-            assert result.ok and same(first, second), result.text
+            result = judged_twice(layer, case, rank)
             out = call(layer, few, rank, poisoned(few, rank), CAPACITY if rank == 0 else 16)
             error = caught(layer)
             assert re.search("another num_tokens_bound|was ended by rank", str(error)), str(error)
