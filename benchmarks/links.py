@@ -16,7 +16,7 @@ NVLINK_DATA_SENT, SCOPES = 138, ([0xFFFFFFFF], range(18))
 def sent_bytes(case, topk_idx: list[torch.Tensor]) -> list[int]:
     """Bytes that each rank writes into the others' memory in one call; the regions are those of megamoe/layout.py.
 
-    dispatch: to every rank num_tokens, 8 bytes a slot (id and weight) and a flag for each 64 tokens; to each other rank
+    dispatch: to every rank num_tokens, 8 bytes a slot (id and weight) and a flag for each 16 tokens; to each other rank
     that holds one of a token's experts its e4m3 row, a scale factor for each 128 and a flag. linear2: for each row
     served for another rank, hidden bf16 and a flag.
     topk_idx: one int tensor [num_tokens, topk] a rank, -1 = unused.

@@ -32,6 +32,9 @@ struct Config {
     // MXFP4: one token block against a weight block's two halves (gemm/split_rows.cuh), each CTA loading half of the
     // rows for both. So a weight is decoded once for 192 rows: 256 weight rows leave registers for 96 sums a thread.
     static constexpr bool kSplitsWeights = kDecodesInLoop && kBlockTokens > 96;
+    // So few rows an expert that some may have none, and a call few tiles for each CTA: which CTA takes the last ones
+    // matters (sched/tickets.cuh).
+    static constexpr bool kDrawsLate = kBlockTokens <= 16;
     // Rows are copied once into expert order and loaded by bulk copies; else gathered for each tile.
     static constexpr bool kInExpertOrder = kPairsBlocks || kSplitsWeights;
     static constexpr u32 kCluster = kInExpertOrder ? 2 : 1;

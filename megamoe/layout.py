@@ -22,7 +22,7 @@ MAX_VIRTUAL_RANKS = 8
 MAX_TOPK = 16  # four bits of a row's name
 MAX_LOCAL_EXPERTS = 256  # shared-memory tables of the plan step
 MAX_TOKENS = 1 << 20  # twenty bits of a row's name
-HEAD_SLICE_TOKENS = 64  # tokens whose routing travels behind one flag
+HEAD_SLICE_TOKENS = 16  # tokens whose routing travels behind one flag
 
 CHOICES = ("static", "balanced", "min_active")  # which copy of an expert serves a row: plan/choice.py
 CHOICE_PASSES = 8  # rounds of water-filling at most: within 2 % of the optimum for 256 experts + 32 on 32 ranks
@@ -133,7 +133,7 @@ REGIONS = (
     Region("abort", "symmetric", "u32", lambda d: (1,),
            "any rank that gives up", "every wait", "1 + rank that gave up; 0 = healthy"),
     Region("head_ready", "symmetric", "u32", lambda d: (2, d.ep_size, d.slices),
-           "source's exchange warps", "plan warps", "epoch of 64 tokens' routing; two banks by epoch parity"),
+           "source's exchange warps", "plan warps", "epoch of 16 tokens' routing; two banks by epoch parity"),
     Region("head_num_tokens", "symmetric", "u32", lambda d: (2, d.ep_size),
            "source's exchange warps", "plan warps", "tokens of a source rank; top bit: it decodes ahead"),
     Region("x_ready", "symmetric", "u32", lambda d: (d.ep_size, d.capacity),

@@ -8,6 +8,7 @@
 #include "ptx/copy.cuh"
 #include "roles.cuh"
 #include "sched/order.cuh"
+#include "sched/tickets.cuh"
 #include "sync/ring.cuh"
 #include "sync/wait.cuh"
 
@@ -86,8 +87,8 @@ struct TokenGatherer {
         __syncwarp();
     }
 
-    // What a tile needs besides stages: names of its rows, and for linear1 that they have arrived. Done halfway through
-    // the tile before, where the ring hides its three dependent loads (traced: 4 to 5 us).
+    // What a tile needs besides stages: names of its rows, and for linear1 that they have arrived. Done in the tile
+    // before (look_up_at), where the ring hides its three dependent loads (traced: 4 to 5 us).
     MOE_DEVICE void prepare(u32 number) {
         const u32 slot = number % kTileSlots;
         wait_mbarrier(&s.tile_full[slot], number / kTileSlots & 1);
@@ -125,7 +126,7 @@ struct TokenGatherer {
             // releases them, an asynchronous one does not). Math fences the proxies.
             ptx::cp_async_arrive(&s.tokens_full[stage.slot()]);
             if (lane == 0) ptx::mbarrier_arrive(&s.tokens_full[stage.slot()]);
-            if (k == k_blocks / 2) prepare(t.number + 1);
+            if (k == look_up_at<C>(computed_here(k_blocks))) prepare(t.number + 1);
         }
     }
 
@@ -152,7 +153,7 @@ struct TokenGatherer {
                 }
             }
             __syncwarp();
-            if (k == k_blocks / 2) prepare(t.number + 1);
+            if (k == look_up_at<C>(computed_here(k_blocks))) prepare(t.number + 1);
         }
     }
 };

@@ -26,23 +26,38 @@ MOE_DEVICE bool is_shared(const Launch& l, u64 i) { return kExtras && shared_exp
 MOE_DEVICE i32 shared_idx(const Launch& l, u64 i) { return shared_experts(l).own(l.me.ep_rank, static_cast<u32>(i)); }
 MOE_DEVICE u64 given_slot(const Launch& l, u64 i) {
     if constexpr (!kExtras) return i;
-    return shared_experts(l).given(static_cast<u32>(i));
+    return shared_experts(l).given(static_cast<u32>(is_shared(l, i) ? i - i % l.p.topk : i));  // of the same token
 }
 
-MOE_DEVICE i32 read_topk_idx(const Launch& l, u64 i) {
-    i = given_slot(l, i);
-    if (l.p.idx_is_int64) {
-        const i64 id = reinterpret_cast<const i64*>(l.me.topk_idx)[i];  // saturated: out of range in any model
-        return static_cast<i32>(id > 0x7FFFFFFF ? 0x7FFFFFFF : id < -0x7FFFFFFF ? -0x7FFFFFFF : id);
-    }
-    return reinterpret_cast<const i32*>(l.me.topk_idx)[i];
+// An id as it lies: two words of an int64, or one int32 twice. No branch holds these loads up, so that a lane can have
+// several on their way.
+struct RawIdx {
+    u32 low, high;
+};
+MOE_DEVICE RawIdx load_topk_idx(const Launch& l, u64 i) {
+    const u32 words = l.p.idx_is_int64 ? 2 : 1;
+    const u32* p = reinterpret_cast<const u32*>(l.me.topk_idx) + given_slot(l, i) * words;
+    return {p[0], p[words - 1]};
 }
+MOE_DEVICE i32 to_idx(const Launch& l, RawIdx raw) {
+    const i32 low = static_cast<i32>(raw.low), high = static_cast<i32>(raw.high);
+    if (!l.p.idx_is_int64 || high == low >> 31) return low;
+    return high < 0 ? -0x7FFFFFFF : 0x7FFFFFFF;  // saturated: out of range in any model
+}
+MOE_DEVICE bool is_none(RawIdx raw) { return (raw.low & raw.high) == ~0u; }  // -1
+MOE_DEVICE i32 read_topk_idx(const Launch& l, u64 i) { return to_idx(l, load_topk_idx(l, i)); }
 
-MOE_DEVICE f32 read_topk_weight(const Launch& l, u64 i) {
-    if (is_shared(l, i)) return 1.0f;
-    i = given_slot(l, i);
-    if (l.p.weights_are_bf16) return ptx::bf16_low(reinterpret_cast<const u16*>(l.me.topk_weights)[i]);
-    return reinterpret_cast<const f32*>(l.me.topk_weights)[i];
+// A weight as it lies: the two halves of an fp32, or one bf16 twice.
+struct RawWeight {
+    u16 low, high;
+};
+MOE_DEVICE RawWeight load_topk_weight(const Launch& l, u64 i) {
+    const u32 halves = l.p.weights_are_bf16 ? 1 : 2;
+    const u16* p = reinterpret_cast<const u16*>(l.me.topk_weights) + given_slot(l, i) * halves;
+    return {p[0], p[halves - 1]};
+}
+MOE_DEVICE f32 to_weight(const Launch& l, RawWeight raw) {
+    return __uint_as_float(u32(raw.high) << 16 | (l.p.weights_are_bf16 ? 0u : u32(raw.low)));
 }
 
 // Experts that the caller may name.
@@ -62,8 +77,10 @@ MOE_DEVICE i32 table_idx(const Launch& l, i32 id) {
     return id | kUnmappedIdBit;  // out of range also where there are more slots than experts
 }
 
-// Routing of 64 tokens a slice: ids and weights to every rank, then one flag each. Slice 0 always goes: it brings
-// num_tokens.
+constexpr u32 kHeadLoads = 4;  // ids and weights that a lane has in flight
+
+// Routing of kHeadSliceTokens tokens a slice: ids and weights to every rank, then one flag each. Slice 0 always goes:
+// it brings num_tokens. Small, so that many warps share what every rank waits for.
 template <class C>
 MOE_DEVICE void push_head(const Launch& l) {
     const u32 lane = lane_id(), me = l.me.ep_rank, num_tokens = l.num_tokens,
@@ -71,12 +88,27 @@ MOE_DEVICE void push_head(const Launch& l) {
     for (u32 slice = first_item(l); slice < slices; slice += item_stride(l)) {
         const u32 begin = slice * kHeadSliceTokens * l.p.topk,
                   end = min_u32(begin + kHeadSliceTokens * l.p.topk, num_tokens * l.p.topk);
-        for (u32 i = begin + lane; i < end; i += 32) {
-            const i32 id = is_shared(l, i) ? shared_idx(l, i) : table_idx(l, read_topk_idx(l, i));
-            const f32 weight = read_topk_weight(l, i);
-            for (u32 dst = 0; dst < l.p.ep_size; ++dst) {
-                l.head_idx(dst, me)[i] = MOE_FAULT(l, routing, id);
-                l.head_weights(dst, me)[i] = weight;
+#pragma unroll 1
+        for (u32 base = begin; base < end; base += 32 * kHeadLoads) {
+            RawIdx raw_idx[kHeadLoads];
+            RawWeight raw_weight[kHeadLoads];
+#pragma unroll
+            for (u32 b = 0; b < kHeadLoads; ++b) {
+                if (base + 32 * b >= end) break;
+                const u32 i = min_u32(base + 32 * b + lane, end - 1);
+                raw_idx[b] = load_topk_idx(l, i), raw_weight[b] = load_topk_weight(l, i);
+            }
+#pragma unroll
+            for (u32 b = 0; b < kHeadLoads; ++b) {
+                if (base + 32 * b >= end) break;
+                const u32 i = base + 32 * b + lane;
+                if (i >= end) continue;
+                const i32 id = is_shared(l, i) ? shared_idx(l, i) : table_idx(l, to_idx(l, raw_idx[b]));
+                const f32 weight = is_shared(l, i) ? 1.0f : to_weight(l, raw_weight[b]);
+                for (u32 dst = 0; dst < l.p.ep_size; ++dst) {
+                    l.head_idx(dst, me)[i] = MOE_FAULT(l, routing, id);
+                    l.head_weights(dst, me)[i] = weight;
+                }
             }
         }
         if (slice == 0 && lane < l.p.ep_size)

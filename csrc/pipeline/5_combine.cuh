@@ -19,7 +19,7 @@ MOE_DEVICE u32 used_slots(const Launch& l, u32 token) {
     if (token >= l.num_tokens) return 0;
 #pragma unroll 1
     for (u32 slot = 0; slot < routed_slots(l); ++slot)
-        used |= (read_topk_idx(l, u64(token) * l.p.topk + slot) != -1) << slot;
+        used |= u32(!is_none(load_topk_idx(l, u64(token) * l.p.topk + slot))) << slot;
     if constexpr (kExtras) used |= (1u << l.p.topk) - (1u << routed_slots(l));  // shared experts' slots: always
     return used;
 }
@@ -185,15 +185,14 @@ MOE_DEVICE u32 next_window(const Launch& l, const SharedStorage<C>& s, u32 warp)
 // The exchange warps' second half. Rows past num_tokens and tokens with no slot give exact zeros.
 template <class C>
 MOE_DEVICE void combine(const Launch& l, SharedStorage<C>& s) {
-    const u32 lane = lane_id();
-    if (lane == 0) s.watch_first[my_window()] = first_item(l), s.watch_polls[my_window()] = 0;
+    if (lane_id() == 0) s.watch_first[my_window()] = first_item(l), s.watch_polls[my_window()] = 0;
     __syncwarp();
 #pragma unroll 1
     while (true) {
-        const u32 item = window_item(l, s.watch_first[my_window()], lane);
+        const u32 item = window_item(l, s.watch_first[my_window()], lane_id());
         u32 slots = watch(l, item);
         const u32 pending = __ballot_sync(~0u, item < num_items(l));
-        if (lane == 0) {
+        if (lane_id() == 0) {
             s.watch_pending[my_window()] = pending;
             s.watch_idle_since[my_window()] = now_us();
             if (next_window(l, s, my_window()) >= num_items(l))
@@ -212,7 +211,7 @@ MOE_DEVICE void combine(const Launch& l, SharedStorage<C>& s) {
             combine_ready_items<CombineLoads<C::kCombineLoads, 1>>(
                 l, s, *reinterpret_cast<u8(*)[2][512]>(s.exchange_buffer[my_window()]), my_window(), ready, slots);
             if (__shfl_sync(~0u, s.watch_polls[my_window()], 0) % 64 == 0 && is_over(l, s, item, slots)) {
-                if (lane == 0) {
+                if (lane_id() == 0) {
                     atomicAnd(&s.watch_pending[my_window()], 0u);  // an open window: math warps take items meanwhile
                     ptx::st_release_cta_shared(&s.watch_open[my_window()], 1);
                 }
@@ -222,10 +221,10 @@ MOE_DEVICE void combine(const Launch& l, SharedStorage<C>& s) {
         __syncwarp();
         if (ptx::ld_relaxed_cta_shared(&s.watch_open[my_window()]))
             break;  // watch_first stays: a math warp may be at one of its items
-        if (lane == 0) s.watch_first[my_window()] = next_window(l, s, my_window());
+        if (lane_id() == 0) s.watch_first[my_window()] = next_window(l, s, my_window());
         __syncwarp();
     }
-    if (lane == 0) ptx::bulk_wait_all();
+    if (lane_id() == 0) ptx::bulk_wait_all();
     __syncwarp();
 }
 

@@ -32,12 +32,15 @@ MOE_DEVICE bool wait_heads(const Launch& l, SharedStorage<C>& s, u32 thread) {
         }
         s.table_offset[l.p.ep_size] = sum;
     }
-    for (u32 src = 0; src < l.p.ep_size; ++src) {
-        for (u32 slice = thread + 1; slice * kHeadSliceTokens < s.num_tokens[src]; slice += kPlanWarps * 32) {
-            if (!wait_acquire_sys(l, l.head_ready(me, src, slice), l.p.arrive_deadline_ns,
-                                  {kRole_plan, kStep_dispatch, src}))
-                s.healthy = 0;
-        }
+    u32 most_tokens = 0;
+    for (u32 src = 0; src < l.p.ep_size; ++src) most_tokens = max_u32(most_tokens, s.num_tokens[src]);
+    for (u32 i = thread;; i += kPlanWarps * 32) {
+        const u32 src = i % l.p.ep_size, slice = 1 + i / l.p.ep_size;
+        if (slice * kHeadSliceTokens >= most_tokens) break;
+        if (slice * kHeadSliceTokens < s.num_tokens[src] &&
+            !wait_acquire_sys(l, l.head_ready(me, src, slice), l.p.arrive_deadline_ns,
+                              {kRole_plan, kStep_dispatch, src}))
+            s.healthy = 0;
     }
     ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
     const bool ok = s.healthy != 0;

@@ -10,6 +10,25 @@
 
 namespace moe {
 
+// The stage of a tile behind which the next ticket is announced; it is drawn two stages before. Early, or late, so that
+// whoever is done first takes what is left: drawn a tile ahead, the last tickets wait for the slowest CTAs (one token:
+// 8 % of a call). Everywhere it would not do: many rows lose up to 2 % (benchmarks/notes/0012).
+template <class C>
+MOE_DEVICE u32 announce_at(u32 k_blocks) {
+    return C::kDrawsLate ? k_blocks - min_u32(k_blocks, 4) : min_u32(2, k_blocks - 1);
+}
+template <class C>
+MOE_DEVICE u32 draw_at(u32 k_blocks) {
+    const u32 at = announce_at<C>(k_blocks);
+    return at - min_u32(at, 2);
+}
+// The stage behind which gather_tokens looks up the next tile's rows. It waits for the announcement there: much before
+// it would be for ever, since the weights role needs the tokens of the stages up to there.
+template <class C>
+MOE_DEVICE u32 look_up_at(u32 k_blocks) {
+    return C::kDrawsLate ? announce_at<C>(k_blocks) : k_blocks / 2;
+}
+
 // One thread, once a launch.
 template <class C>
 MOE_DEVICE void count_tickets(const Launch& l, SharedStorage<C>& s) {

@@ -78,24 +78,60 @@ class Cta:
         self.summed: list = []
 
 
-class PairModel:
-    """num_pairs pairs share one ticket counter. ring: positions of a ring of `stages` slots, (slot, consumer parity,
-    producer parity). k_blocks: of each ticket. shares: whether a ticket's CTAs share their weights."""
+class Interleaving:
+    """Runs self.roles (generators that yield conditions to wait for, or None) in random order, or adversarially: the
+    first that can go on does, until the order changes now and then. Deadlock where none can."""
 
-    def __init__(self, seed: int, num_pairs: int, stages: int, ring: list, k_blocks: list[int], shares: list[bool],
-                 mistakes: Mistakes, adversarial: bool):  # fmt: skip
-        self.random = random.Random(seed)
+    def __init__(self, seed: int, adversarial: bool):
+        self.random, self.adversarial = random.Random(seed), adversarial
+
+    def start(self, roles: list) -> None:
+        self.waiting = [[role, None] for role in roles]
+
+    def step(self, entry: list) -> bool:
+        role, condition = entry
+        if condition is not None and not condition():
+            return False
+        try:
+            entry[1] = next(role)
+        except StopIteration:
+            self.waiting.remove(entry)
+        return True
+
+    def run(self) -> None:
+        order = list(self.waiting)
+        self.random.shuffle(order)
+        while self.waiting:
+            if self.adversarial:
+                order = [entry for entry in order if entry in self.waiting]
+                if self.random.random() < 0.02:
+                    order.append(order.pop(self.random.randrange(len(order))))
+            else:
+                order = list(self.waiting)
+                self.random.shuffle(order)
+            if not any(self.step(entry) for entry in order):
+                raise Deadlock(f"{len(self.waiting)} roles wait")
+        self.check_end()
+
+
+class PairModel(Interleaving):
+    """num_pairs pairs share one ticket counter. ring: positions of a ring of `stages` slots, (slot, consumer parity,
+    producer parity). k_blocks: of each ticket. next_ticket: for each number of k blocks, the stages behind which the
+    next ticket is drawn and announced. shares: whether a ticket's CTAs share their weights."""
+
+    def __init__(self, seed: int, num_pairs: int, stages: int, ring: list, k_blocks: list[int], next_ticket: dict,
+                 shares: list[bool], mistakes: Mistakes, adversarial: bool):  # fmt: skip
+        super().__init__(seed, adversarial)
         self.ring, self.k_blocks, self.shares, self.mistakes = ring, k_blocks, shares, mistakes
-        self.num_pairs, self.counter = num_pairs, 0
+        self.num_pairs, self.counter, self.next_ticket = num_pairs, 0, next_ticket
         self.pairs = [[Cta(stages), Cta(stages)] for _ in range(num_pairs)]
-        self.adversarial = adversarial
-        self.roles = []
+        roles = []
         for p, pair in enumerate(self.pairs):
             for c in range(2):
-                self.roles += [self.weights(p, c), self.store(pair[c])]
-                self.roles += [self.load_images(pair[c]), self.name_rows(pair[c])]
-                self.roles += [self.math(pair, c, group) for group in range(MATH_GROUPS)]
-        self.waiting = [[role, None] for role in self.roles]
+                roles += [self.weights(p, c), self.store(pair[c])]
+                roles += [self.load_images(pair[c]), self.name_rows(pair[c])]
+                roles += [self.math(pair, c, group) for group in range(MATH_GROUPS)]
+        self.start(roles)
 
     def weights(self, p: int, c: int):
         pair, cta, tickets = self.pairs[p], self.pairs[p][c], len(self.k_blocks)
@@ -104,11 +140,8 @@ class PairModel:
         yield from self.announce(cta, 0, ticket)
         number = 0
         while ticket is not None:
+            draw_at, announce_at, _ = self.next_ticket[self.k_blocks[ticket]]
             drawn = None
-            if c == 0:
-                drawn = self.num_pairs + self.counter
-                self.counter += 1
-                yield
             for k in range(self.k_blocks[ticket]):
                 slot, _, parity = self.ring[position]
                 position += 1
@@ -120,7 +153,11 @@ class PairModel:
                         target.weights[slot][half] = (ticket, k)
                         yield  # in flight: written, and counted later
                         target.weights_full[slot].land(HALF)
-                if k == min(2, self.k_blocks[ticket] - 1):
+                if k == draw_at and c == 0:
+                    drawn = self.num_pairs + self.counter
+                    self.counter += 1
+                    yield
+                if k == announce_at:
                     at = number % slots
                     if c == 0:
                         pair[1].partner_ticket[at] = drawn
@@ -244,31 +281,6 @@ class PairModel:
             cta.stored.append(ticket)
             cta.tile_empty[tile_slot].arrive()
             parity ^= 1
-
-    def step(self, entry: list) -> bool:
-        role, condition = entry
-        if condition is not None and not condition():
-            return False
-        try:
-            entry[1] = next(role)
-        except StopIteration:
-            self.waiting.remove(entry)
-        return True
-
-    def run(self) -> None:
-        order = list(self.waiting)
-        self.random.shuffle(order)
-        while self.waiting:
-            if self.adversarial:  # the first that can go on does, until the order changes now and then
-                order = [entry for entry in order if entry in self.waiting]
-                if self.random.random() < 0.02:
-                    order.append(order.pop(self.random.randrange(len(order))))
-            else:
-                order = list(self.waiting)
-                self.random.shuffle(order)
-            if not any(self.step(entry) for entry in order):
-                raise Deadlock(f"{len(self.waiting)} roles wait")
-        self.check_end()
 
     def check_end(self) -> None:
         for c in range(2):

@@ -86,6 +86,12 @@ u32 pair_tickets(const u32* rows, u32 experts, u32 n1, u32 n2, u32 group, u32 la
 u32 split_tickets(const u32* rows, u32 experts, u32 n1, u32 n2, u32 group, u32 lag, u32 room, u32* out) {
     return tickets<Split>(rows, experts, n1, n2, group, lag, room, out);
 }
+// The stages of a tile behind which the next ticket is drawn, and announced, and its rows are looked up.
+void next_ticket_at(u32 late, u32 k_blocks, u32* out) {
+    out[0] = late ? draw_at<Late>(k_blocks) : draw_at<Pair>(k_blocks);
+    out[1] = late ? announce_at<Late>(k_blocks) : announce_at<Pair>(k_blocks);
+    out[2] = late ? look_up_at<Late>(k_blocks) : look_up_at<Pair>(k_blocks);
+}
 // Slot and parities of the first `count` positions of a ring of `slots`.
 void ring(u32 slots, u32 count, u32* out) {
     RingPosition<4> four;
@@ -104,7 +110,11 @@ SHIM = """
 namespace moe {
 constexpr u32 kMaxLocalExperts = %(experts)s;
 %(tile_slot)s
-struct Pair { static constexpr u32 kCluster = 2, kBlockTokens = 128; static constexpr bool kPairsBlocks = true; };
+struct Late { static constexpr bool kDrawsLate = true; };
+struct Pair {
+    static constexpr u32 kCluster = 2, kBlockTokens = 128;
+    static constexpr bool kPairsBlocks = true, kDrawsLate = false;
+};
 struct Split { static constexpr u32 kCluster = 2, kBlockTokens = 192; static constexpr bool kPairsBlocks = false; };
 template <class C> struct SharedStorage {
     u32 num_m_blocks, num_tickets, only_pairs, pair_ratio, row_offset[kMaxLocalExperts + 1];

@@ -51,7 +51,7 @@ def test_every_rank_of_many_sends_what_the_others_receive():
             owners = [expert // 2 for expert in token if expert >= 0]
             rows += len(set(owners) - {rank})
             slots += sum(owner != rank for owner in owners)
-    heads = 4 * 3 * (4 + 2 * 4 + 70 * 2 * 8)
+    heads = 4 * 3 * (4 + 5 * 4 + 70 * 2 * 8)  # of 70 tokens: num_tokens, a flag for each 16, ids and weights
     assert sum(sent) == heads + rows * (256 + 2 * 4 + 4) + slots * (2 * 256 + 4)
 
 

@@ -1,11 +1,11 @@
-"""Pairs of CTAs: the tickets they share, and their rings under any interleaving (cluster_model.py)."""
+"""CTAs in pairs and alone: tickets, and their rings under any interleaving (cluster_model.py, gather_model.py)."""
 
 import ctypes
 import random
 
 import pytest
 
-from tests.cpu import schedule_library
+from tests.cpu import gather_model, schedule_library
 from tests.cpu.cluster_model import Deadlock, Mistakes, PairModel, Violation
 
 SEEDS = range(60)
@@ -93,13 +93,33 @@ def test_where_a_pair_splits_weight_blocks_both_ctas_take_each_tile(library):
         assert len(found) == len(wanted) and {first[:6] for first, _ in found} == wanted
 
 
+def next_ticket(library, late: bool, k_blocks: int) -> tuple[int, int, int]:
+    """The stages behind which the next ticket is drawn and announced, and its rows are looked up."""
+    out = (ctypes.c_uint32 * 3)()
+    library.next_ticket_at(late, k_blocks, out)
+    return tuple(out)
+
+
+def test_tickets_are_drawn_late_or_early_in_a_tile(library):
+    assert [next_ticket(library, True, k) for k in (1, 4, 5, 6, 16, 56)] == [
+        (0, 0, 0), (0, 0, 0), (0, 1, 1), (0, 2, 2), (10, 12, 12), (50, 52, 52)
+    ]  # fmt: skip
+    assert [next_ticket(library, False, k) for k in (1, 2, 3, 16, 56)] == [
+        (0, 0, 0), (0, 1, 1), (0, 2, 1), (0, 2, 8), (0, 2, 28)
+    ]  # fmt: skip
+
+
+K_BLOCKS = (1, 2, 3, 6, 9)
+
+
 def draw(library, seed: int, mistakes: Mistakes) -> PairModel:
     r = random.Random(seed)
     stages, num_tickets = r.choice((4, 5)), r.randint(0, 14)
-    k_blocks = [r.choice((1, 2, 3, 6)) for _ in range(num_tickets)]
+    k_blocks = [r.choice(K_BLOCKS) for _ in range(num_tickets)]
+    at = {k: next_ticket(library, False, k) for k in K_BLOCKS}
     shares = [r.random() < 0.7 for _ in k_blocks]
     positions = ring(library, stages, sum(k_blocks) + 1)
-    return PairModel(seed, r.choice((1, 1, 2)), stages, positions, k_blocks, shares, mistakes, seed % 2 == 1)
+    return PairModel(seed, r.choice((1, 1, 2)), stages, positions, k_blocks, at, shares, mistakes, seed % 2 == 1)
 
 
 def test_no_slot_is_read_early_or_overwritten_and_nobody_waits_for_ever(library):
@@ -120,6 +140,41 @@ def test_the_model_finds_what_is_wrong(library, mistakes):
     for seed in SEEDS:
         try:
             draw(library, seed, mistakes).run()
+        except (Violation, Deadlock):
+            found += 1
+    assert found >= 3, f"{found} of {len(SEEDS)} interleavings met it"
+
+
+def draw_alone(library, seed: int, mistakes: gather_model.Mistakes, late: bool = True) -> gather_model.GatherModel:
+    r = random.Random(seed)
+    stages, num_tickets, sizes = r.choice((4, 5)), r.randint(0, 12), (*K_BLOCKS, 16, 24)
+    k_blocks = [r.choice(sizes) for _ in range(num_tickets)]
+    at = {k: next_ticket(library, late, k) for k in sizes}
+    positions = ring(library, stages, sum(k_blocks) + 1)
+    return gather_model.GatherModel(
+        seed, r.choice((1, 2, 3)), stages, positions, k_blocks, at, late and r.random() < 0.8, mistakes, seed % 2 == 1
+    )
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_lone_cta_gathers_each_tile_by_its_names_and_never_waits_for_ever(library, late):
+    for seed in SEEDS:
+        try:
+            draw_alone(library, seed, gather_model.Mistakes(), late).run()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
+
+
+@pytest.mark.parametrize("mistakes", [
+    gather_model.Mistakes(look_up_early=True), gather_model.Mistakes(announce_again=True),
+    gather_model.Mistakes(waits_for_stage=0),
+], ids=["the next tile looked up before it is announced", "a tile announced twice",
+        "a barrier waited for that can turn twice"])
+def test_the_model_of_a_lone_cta_finds_what_is_wrong(library, mistakes):
+    found = 0
+    for seed in SEEDS:
+        try:
+            draw_alone(library, seed, mistakes).run()
         except (Violation, Deadlock):
             found += 1
     assert found >= 3, f"{found} of {len(SEEDS)} interleavings met it"
