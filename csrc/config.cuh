@@ -96,6 +96,7 @@ struct TileSlot {
     u32 row_begin, row_count;  // rows of the tile in the list; 0: only keeps step with the cluster, publishes nothing
     u32 number;                // of this CTA's tiles; slot and mbarrier phases follow from it
     u32 shares_weights;        // with the other CTA of the cluster
+    u32 only_block;            // of its expert: no other tile reads these weights
     const u8* weights;         // its first image
 };
 enum TileKind : u32 { kTile_linear1, kTile_linear2, kTile_end };

@@ -76,15 +76,15 @@ MOE_DEVICE void announce(const Launch& l, SharedStorage<C>& s, u32 ticket, u32 n
 }
 
 // One image, or in a pair half of it for both CTAs: the other half comes from the partner. Both halves count on this
-// CTA's barrier, and both CTAs' math warps have released the stage before either is sent. What only one token block
+// CTA's barrier, and both CTAs' math warps have released the stage before either is sent. What no other tile
 // reads goes from the L2 cache first: rows, h and y are to stay (96 rows an expert: 1 %).
 template <class C>
-MOE_DEVICE void load_image(const Launch& l, SharedStorage<C>& s, const u8* image, u32 stage, bool shares) {
-    const u64 policy = C::kWeightsOnM || !shares ? ptx::policy_evict_first() : ptx::policy_evict_normal();
+MOE_DEVICE void load_image(const Launch& l, SharedStorage<C>& s, const TileSlot& t, const u8* image, u32 stage) {
+    const u64 policy = C::kWeightsOnM || t.only_block ? ptx::policy_evict_first() : ptx::policy_evict_normal();
     u64* full = &s.weights_full[stage];
     u8* to = s.stages[stage].weights;
     ptx::mbarrier_arrive_expect_tx(full, C::kImageCopyBytes);
-    if (C::kCluster == 1 || !shares) {
+    if (C::kCluster == 1 || !t.shares_weights) {
         ptx::bulk_load_hint(to, image, C::kImageCopyBytes, full, policy);
     } else {
         constexpr u32 kHalf = C::kImageSfOffset / 2;
@@ -160,7 +160,7 @@ MOE_DEVICE void load_weights(const Launch& l, SharedStorage<C>& s) {
             wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());
             const u8* image = t.weights + u64(k) * C::kImagePitchBytes;
             if constexpr (C::kSplitsWeights) load_half_image(l, s, image, stage.slot(), t.kind == kTile_linear2);
-            else load_image(l, s, image, stage.slot(), t.shares_weights);
+            else load_image(l, s, t, image, stage.slot());
             if (k == draw_at<C>(k_blocks)) draws.draw(l);
             if (k == announce_at<C>(k_blocks)) {
                 const u32 current = computed_here(number);

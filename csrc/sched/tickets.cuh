@@ -12,7 +12,7 @@ namespace moe {
 
 // The stage of a tile behind which the next ticket is announced; it is drawn two stages before. Early, or late, so that
 // whoever is done first takes what is left: drawn a tile ahead, the last tickets wait for the slowest CTAs (one token:
-// 8 % of a call). Everywhere it would not do: many rows lose up to 2 % (benchmarks/notes/0012).
+// 2 to 12 % of a call). Not everywhere: many rows lose up to 2.5 % (benchmarks/notes/0012).
 template <class C>
 MOE_DEVICE u32 announce_at(u32 k_blocks) {
     return C::kDrawsLate ? k_blocks - min_u32(k_blocks, 4) : min_u32(2, k_blocks - 1);
@@ -80,6 +80,7 @@ MOE_DEVICE void tile_of_ticket(const Launch& l, const SharedStorage<C>& s, u32 t
     t.row_begin = row_begin;
     t.row_count = idle ? 0 : min_u32(C::kBlockTokens, s.row_offset[expert + 1] - row_begin);
     t.shares_weights = C::kPairsBlocks && !single;
+    t.only_block = s.block_offset[expert + 1] - s.block_offset[expert] == 1;
 }
 
 }  // namespace moe

@@ -91,12 +91,13 @@ def test_architecture_follows_a_real_token_through_the_kernel():
     n1, n2 = config.intermediate // 128, config.hidden // 256
     k1, k2 = config.hidden // 128, config.intermediate // 128
     block_of_3, head = 3, local * n1  # every expert has one token block; linear1 of all comes first
+    head_slice = layout.HEAD_SLICE_TOKENS
     warps = ctas * (layout.EXCHANGE_WARPS + layout.MATH_WARPS)
     columns = combine_columns(config.hidden, tokens, warps)
     assert place["recv_x"] == (2, 64, 4096) and place["combine_y"] == (64, 6, 4096)
     for said in (
         f"the engine takes tiles of {block}", f"experts {', '.join(map(str, experts))}",
-        f"all {tokens * config.topk} ids", "ranks {0, 1}", f"{config.hidden} e4m3 bytes and {k1} scale",
+        f"the {head_slice * config.topk} ids and weights of {head_slice} tokens", "ranks {0, 1}", f"{config.hidden} e4m3 bytes and {k1} scale",
         f"byte {tokens * config.hidden + 5 * config.hidden} of", f"slot 0 is row {rows[0]}",
         f"holds rows {first[0]} to {first[0] + 11}", f"local {40 - local}) is row {rows[1]}",
         f"of rows {first[1]} to {first[1] + 11}",
