@@ -216,7 +216,7 @@ EXPLAINED = {
          "gemm/mxfp4.cuh:decode_half", "gemm/mxfp4.cuh:accumulate_mxfp4"),
         {"gemm/load_weights.cuh:load_weights": (
              "wait_mbarrier(&s.stage_empty[stage.slot()], stage.producer_parity());\n            const u8* image",
-             "else load_image(l, s, image, stage.slot(), t.shares_weights);"),
+             "else load_image(l, s, t, image, stage.slot());"),
          "gemm/load_weights.cuh:load_image": ("ptx::mbarrier_arrive_expect_tx(full, C::kImageCopyBytes);",),
          "gemm/mainloop.cuh:wait_stage": ("wait_mbarrier(&s.weights_full[slot], parity)",),
          "gemm/mainloop.cuh:accumulate_weights_on_m": (

@@ -97,7 +97,8 @@ def test_architecture_follows_a_real_token_through_the_kernel():
     assert place["recv_x"] == (2, 64, 4096) and place["combine_y"] == (64, 6, 4096)
     for said in (
         f"the engine takes tiles of {block}", f"experts {', '.join(map(str, experts))}",
-        f"the {head_slice * config.topk} ids and weights of {head_slice} tokens", "ranks {0, 1}", f"{config.hidden} e4m3 bytes and {k1} scale",
+        f"the {head_slice * config.topk} ids and weights of {head_slice} tokens", "ranks {0, 1}",
+        f"{config.hidden} e4m3 bytes and {k1} scale",
         f"byte {tokens * config.hidden + 5 * config.hidden} of", f"slot 0 is row {rows[0]}",
         f"holds rows {first[0]} to {first[0] + 11}", f"local {40 - local}) is row {rows[1]}",
         f"of rows {first[1]} to {first[1] + 11}",
