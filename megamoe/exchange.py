@@ -26,6 +26,7 @@ from megamoe.errors import ErrorRecord, MegaMoEError
 from megamoe.layout import STEPS
 
 Bundle = tuple[Tensor, ...]
+CONNECT_S = 5.0  # at least, for connections after a reset
 _num_exchanges = weakref.WeakKeyDictionary()  # group -> DistExchanges made on it
 
 
@@ -99,7 +100,8 @@ class DistExchange:
         self._resets += 1
         # Not dist.new_group: it forgets the name of a group that is gone, and finds its addresses under it again
         store = dist.PrefixStore(f"megamoe/exchange/{self._number}/{self._resets}", self._store)
-        timeout = timedelta(seconds=max(self.arrive_deadline_s, self.step_deadline_s))
+        # All ranks have just met; what is left is the machine's time, which no short deadline is meant to judge
+        timeout = timedelta(seconds=max(self.arrive_deadline_s, self.step_deadline_s, CONNECT_S))
         try:
             self._connections = dist.ProcessGroupGloo(store, self.ep_rank, self.ep_size, timeout)
         except RuntimeError as error:
