@@ -4,7 +4,7 @@ An implementation has
     name           as in results: impl
     weight_format  'fp8', 'mxfp4' or 'bf16'
     quantized      judged against the FP8 specification (True) or the one without quantizers (False)
-    ours           a failed gate makes the run fail
+    limits         of its distance from that specification, where they are not the layer's: keywords of gate.judge
     inputs         which of 'prequantized', 'bf16' it takes
     calls          (routings, num_tokens, input_kind, outs) -> one callable a routing; each call is collective and
                    writes outs[routing][rank held here]
@@ -14,6 +14,7 @@ An implementation has
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -60,7 +61,8 @@ class Setup:
 class MegaMoE:
     """This project's layer: the fused kernel on a GPU, the torch steps on CPU."""
 
-    quantized, ours, inputs = True, True, ("prequantized", "bf16")
+    quantized, inputs = True, ("prequantized", "bf16")
+    limits: ClassVar = {}
 
     def __init__(self, setup: Setup, case, config: MoEConfig, workspace: Workspace):
         self.weight_format = config.weight_format
@@ -102,7 +104,7 @@ class TorchBaseline:
     """baselines/unfused.py, in FP8 or bf16. Virtual ranks: all their tokens and experts as one rank, with no
     exchange."""
 
-    ours = True  # a baseline that computes something else proves nothing: its gate must hold too
+    limits: ClassVar = {}  # a baseline that computes something else proves nothing: its gate must hold too
 
     def __init__(self, setup: Setup, case, precision: str):
         self.weight_format, self.quantized = precision, precision == "fp8"

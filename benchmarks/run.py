@@ -252,7 +252,7 @@ def run_one(setup: Setup, plan: Plan, facts: dict, cell: Cell, impl, kind: str, 
 def _judge_all(setup: Setup, cell: Cell, impl, outs) -> Verdict:
     here = merge(
         [
-            judge(out, rows, expected)
+            judge(out, rows, expected, **impl.limits)
             for out, rows, expected in zip(outs[0], cell.rows, cell.expect(setup, impl.quantized))
         ]
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import bench, gate
+from benchmarks.baselines.sgl import SglMegaMoE
 from benchmarks.baselines.unfused import Unfused
 from benchmarks.cases import Case, load_cases, parse_cases, parse_choices, parse_tokens
 from benchmarks.implementations import MegaMoE
@@ -93,6 +94,14 @@ def test_a_subset_of_rows_gives_what_the_whole_layer_gives(experts_at_once):
     rows = pick_rows(14, 5, 3, "cpu")
     subset = gate.spec_rows(NOT_ROUND, everyone[1], rows, 3, quantized=True, experts_at_once=experts_at_once)
     assert len(rows) == 5 and gate.judge(whole[1], rows, subset).rel_l2 < 1e-3
+
+
+def test_a_rival_that_rounds_otherwise_may_be_further_away():
+    expected, rows = torch.randn(8, 4096), torch.arange(8)
+    other = expected + 2.4e-2 * torch.randn(8, 4096)
+    assert not gate.judge(other, rows, expected).ok
+    assert gate.judge(other, rows, expected, **SglMegaMoE.limits).ok
+    assert not gate.judge(expected.roll(1, 0), rows, expected, **SglMegaMoE.limits).ok
 
 
 def test_the_gate_refuses_what_is_wrong():
