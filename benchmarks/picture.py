@@ -54,7 +54,7 @@ def is_current(panels: dict, path: Path) -> bool:
 
 def draw(panels: dict, path: Path) -> str:
     """Draw panels[case][line] = {"points": [[tokens, median, lowest, highest], ...], "style": "line", "floor" or
-    "others"}; "floor" is dashed in the colour of the line before it. -> what became of it, in words."""
+    "others"}. A machine has one colour; MXFP4 is dashed, floors are dotted. -> what became of it, in words."""
     try:
         import matplotlib
     except ImportError:
@@ -69,17 +69,21 @@ def draw(panels: dict, path: Path) -> str:
     figure, axes = pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
+    names = {name for lines in panels.values() for name, line in lines.items() if line["style"] == "line"}
+    machines = sorted({name.partition(",")[0] for name in names})
+    colours, legend = {machine: f"C{number}" for number, machine in enumerate(machines)}, {}
     for axis, (case, lines) in zip(axes.flat, panels.items(), strict=False):
-        colour = None
         for name, line in lines.items():
             tokens, us, low, high = zip(*line["points"], strict=True)
+            machine, _, weight_format = name.removesuffix(", floor").partition(", ")
+            colour, dashes = colours.get(machine, "black"), "--" if weight_format == "MXFP4" else "-"
             if line["style"] == "floor":
-                axis.plot(tokens, us, linestyle="--", linewidth=0.8, color=colour)
+                axis.plot(tokens, us, linestyle=":", linewidth=0.6, color=colour, alpha=0.7)
             elif line["style"] == "others":
-                axis.plot(tokens, us, linestyle=":", marker="x", linewidth=0.8, label=name)
+                marker = "x" if name.startswith("sgl") else "+"
+                axis.plot(tokens, us, linestyle="", marker=marker, markersize=6, color="black", label=name)
             else:
-                (drawn,) = axis.plot(tokens, us, marker="o", markersize=3, label=name)
-                colour = drawn.get_color()
+                axis.plot(tokens, us, linestyle=dashes, marker="o", markersize=3, color=colour, label=name)
                 axis.fill_between(tokens, low, high, color=colour, alpha=0.25)
         axis.set_title(case)
         axis.set_xscale("log", base=2)
@@ -87,9 +91,10 @@ def draw(panels: dict, path: Path) -> str:
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_xlabel("tokens per rank")
-        axis.set_ylabel("us per call (dashed: floor)")
+        axis.set_ylabel("us per call (dotted: floor)")
         axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize="x-small")
+        legend |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=90, metadata={"Description": digest_of(panels)})
     pyplot.close(figure)
     return f"picture: {path}"
