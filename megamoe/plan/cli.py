@@ -50,6 +50,8 @@ def build_parser():
     parser.add_argument("--measured", nargs="+", default=None, metavar="JSONL", help="calls to fit the times of "
                         "--simulate and --phase decode to; default: benchmarks/results/*.jsonl of this checkout, and "
                         "results/scaling/*.jsonl to check the fit with")
+    parser.add_argument("--gpu", default="H100", help="a word of the name of the GPUs whose calls are taken; "
+                        "default H100")
     parser.add_argument("--hidden", type=int, default=4096, help="of the predicted layer")
     parser.add_argument("--intermediate", type=int, default=2048, help="of the predicted layer")
     parser.add_argument("--topk", type=int, default=6, help="of the predicted layer")
@@ -185,10 +187,13 @@ def _plan(args):
 
 def _measured(args):
     """(calls to fit, calls to check the fit with)."""
-    if args.measured is not None:
-        return read_measured(args.measured), []
-    results = CHECKOUT / "benchmarks" / "results"
-    return tuple(read_measured(sorted(folder.glob("*.jsonl"))) for folder in (results, results / "scaling"))
+    folder = CHECKOUT / "benchmarks" / "results"
+    paths = sorted(folder.glob("*.jsonl")) if args.measured is None else args.measured
+    checked = sorted((folder / "scaling").glob("*.jsonl")) if args.measured is None else []
+    calls = read_measured(paths, args.gpu)
+    if not calls:
+        raise ValueError(f"--gpu {args.gpu}: no call on such a GPU in {len(paths)} files; see --measured")
+    return calls, read_measured(checked, args.gpu)
 
 
 def _cost(args):

@@ -95,18 +95,19 @@ def token_bytes(hidden):
     return hidden * FP8_ROW_BYTES + 2 * hidden
 
 
-def read_measured(paths):
+def read_measured(paths, gpu="H100"):
     """Rows (dicts) of bench.py's and scaling.py's files: a median call a cell, of its newest commit, as in the README.
 
     A cell is one size, routing, protocol, capacity, and number of ranks and GPUs; counted are correct calls of megamoe
-    on GPUs, prequantized in, FP8 experts, in one NVLink domain. ValueError for a file of other rows.
+    on GPUs with `gpu` in their name, prequantized in, FP8 experts, in one NVLink domain. ValueError for a file of other
+    rows.
     """
     cells = {}
     for path in paths:
         with open(path, encoding="utf-8") as file:
             rows = [json.loads(line) for line in file if line.strip()]
         try:
-            for row in filter(_is_counted, rows):
+            for row in (row for row in rows if _is_counted(row) and gpu in row["device"]):
                 cells.setdefault(tuple(str(row.get(name)) for name in CELL), []).append(row)
         except KeyError as error:
             raise ValueError(f"{path}: a row without {error}; needs a file of bench.py or scaling.py") from error

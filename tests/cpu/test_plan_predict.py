@@ -32,7 +32,8 @@ RESULTS, SCALING = (sorted(folder.glob("*.jsonl")) for folder in (FOLDER, FOLDER
 ROW = {"impl": "megamoe", "ok": True, "us": 1.0, "case": "a", "hidden": 256, "intermediate": 128, "num_experts": 8,
        "topk": 2, "num_tokens": 8, "tokens_per_rank": [8, 8], "capacity": 8, "ep_size": 2, "num_gpus": 2, "flops": 1.0,
        "bytes_weights": 1.0, "bytes_activations": 0.0, "weight_format": "fp8", "input": "prequantized",
-       "routing": "uniform", "protocol": "graph", "commit": "new", "dirty": False, "date": "2"}  # fmt: skip
+       "routing": "uniform", "protocol": "graph", "commit": "new", "dirty": False, "date": "2",
+       "device": "NVIDIA H100"}  # fmt: skip
 
 
 def test_fit_recovers_what_made_the_table():
@@ -101,10 +102,11 @@ def test_of_a_cell_the_median_of_the_newest_commit_counts(tmp_path):
              ROW | {"us": 7.0, "tokens_per_rank": [16, 0]}, ROW | {"us": 8.0, "ep_size": 2, "num_gpus": 1}]  # fmt: skip
     others = [ROW | one for one in (
         {"impl": "other"}, {"ok": False}, {"us": None}, {"num_gpus": 0}, {"input": "bf16"}, {"weight_format": "mxfp4"},
-        {"ranks_per_domain": 1})]  # fmt: skip
+        {"ranks_per_domain": 1}, {"device": "NVIDIA H200"})]  # fmt: skip
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines + others)))
     found = read_measured([tmp_path / "a.jsonl"])
     assert [(one["us"], kind_of(one)) for one in found] == [(6.0, "EP2"), (7.0, "EP2"), (8.0, "virtual 2")]
+    assert [one["device"] for one in read_measured([tmp_path / "a.jsonl"], "H200")] == ["NVIDIA H200"]
     (tmp_path / "b.jsonl").write_text(json.dumps({"impl": "megamoe", "ok": True}))
     with pytest.raises(ValueError, match=r"b\.jsonl: a row without 'us'"):
         read_measured([tmp_path / "b.jsonl"])
