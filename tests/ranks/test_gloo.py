@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,20 @@ def test_a_refused_rank_is_named_by_the_others_at_their_deadline():
         assert 1.4 < result["seconds"] < 3.5
         assert "call workspace.reset()" in result["check"]
     assert all(result["after_reset"] for result in (first, second, last))
+
+
+def test_ranks_left_alone_end_by_themselves_and_with_a_status():
+    """What a program that catches nothing does when a rank dies: no wait at exit, no status 0."""
+    begin = time.monotonic()
+    results = spawn_ranks([JOBS, "left_alone"], 3, timeout_s=60)
+    assert [result.returncode for result in results] == [1, 1, 9], "\n".join(result.output for result in results)
+    assert time.monotonic() - begin < 60
+    for result in results[:2]:
+        last = result.output.strip().splitlines()[-1]
+        assert re.search(r"MegaMoEError: rank \d role exchange step dispatch: rank 2|first to give up .* rank 2", last)
+
+
+def test_a_workspace_listens_nowhere_until_a_reset_connects_anew():
+    for result in run("ports", 2):
+        group, called, reset, closed = result["listening"]
+        assert group == called == closed and reset == group + 1
