@@ -164,7 +164,8 @@ def fuzz(seed: int, minutes: float, device: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m megamoe.testing.fuzz", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m megamoe.testing.fuzz",
+                                     description=__doc__.partition(": ")[2])  # fmt: skip
     parser.add_argument("--minutes", type=float, default=1.0, help="default %(default)s")
     parser.add_argument("--seed", type=int, help="the first batch's; default: drawn, and printed")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
