@@ -43,7 +43,8 @@ class CallOrder:
         none within the deadline."""
         with absent_ranks_named():
             everyone = gather(self._group, "call", call, deadline_s)
-        number = _num_calls[self._group] = _num_calls.get(self._group, 0) + 1
+        number = _num_calls.get(self._group, 0)  # of this call, from 0
+        _num_calls[self._group] = number + 1
         if len(set(everyone)) > 1:
             said = "; ".join(f"rank {rank} calls {theirs}" for rank, theirs in enumerate(everyone))
             raise RuntimeError(f"call {number} differs between ranks: {said}. Issue calls in the same order")

@@ -17,6 +17,7 @@ from megamoe.testing.faults.host_ranks import (
     all_live,
     case_of,
     group,
+    meet,
     open_workspace,
     replaced,
     variable,
@@ -41,6 +42,7 @@ def call(layer: MoELayer, rank: int, tokens: int = 5) -> torch.Tensor:
 
 def wrong_output(layer: MoELayer, rank: int) -> str:
     expected = moe_layer(layer.config, LocalExchange(NUM_RANKS), *case_of(layer.config)[3:])[rank]
+    meet(layer.workspace.group)
     return "" if torch.equal(call(layer, rank), expected) else "the output is not that of the specification"
 
 
@@ -131,12 +133,14 @@ def dies(where: str):
     def body(rank: int) -> Said:
         everyone = group()
         leave = lambda *_: os._exit(9)  # noqa: E731
+        meet(everyone)
         if rank == FAULTY and where == "workspace":
             leave()
         workspace, error, seconds = timed(lambda: open_workspace(everyone), MegaMoEError)
         if where == "workspace":
             return Said(words(error), seconds)
         layer = make_layer(workspace, CONFIG, rank)
+        meet(everyone)
         if where == "after":
             call(layer, rank)
         if rank == FAULTY:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from megamoe import MegaMoEError
 from megamoe.engine_fused import together
 from megamoe.ranks import init_process_group
-from megamoe.testing.faults.host_ranks import DEADLINE_S, START_S, all_live, open_workspace, replaced
+from megamoe.testing.faults.host_ranks import DEADLINE_S, PATIENT_S, START_S, all_live, open_workspace, replaced
 from megamoe.testing.faults.table import FAULTY, Said, timed, words
 from megamoe_cuda import nvshmem
 from megamoe_cuda.compile import compile_kernel
@@ -49,8 +49,8 @@ def at_reset(rank: int, everyone) -> Said:
 
 @all_live
 def other_configuration(rank: int, everyone) -> Said:
-    own_s = 9.0 if rank == FAULTY else 8.0
-    _, error, seconds = timed(lambda: open_workspace(everyone, step_deadline_s=own_s), ValueError)
+    fields = {"arrive_deadline_s": PATIENT_S, "step_deadline_s": 9.0 if rank == FAULTY else 8.0}
+    _, error, seconds = timed(lambda: open_workspace(everyone, **fields), ValueError)
     return Said(words(error), seconds)
 
 
@@ -90,7 +90,7 @@ def nvshmem_of(library_of_rank2):
                 nvshmem.load_library = _load_library
                 sys.modules["nvshmem.bindings"] = None
             try:
-                acquire = lambda: nvshmem.acquire(everyone, 1 << 20, 1 << 30, DEADLINE_S)  # noqa: E731
+                acquire = lambda: nvshmem.acquire(everyone, 1 << 20, 1 << 30, PATIENT_S)  # noqa: E731
                 _, error, seconds = timed(acquire, RuntimeError, MissingLibraryError)
             finally:
                 sys.modules.pop("nvshmem.bindings", None)
