@@ -1,16 +1,19 @@
 """MEGAMOE_DEBUG=2: before each call, ranks tell each other which layer they are about to call, and differ aloud.
 
-Calls of different layers must come in the same order on every rank; otherwise ranks wait for each other until a
-deadline.
-This check costs a host collective a call and says at once who does what.
+Calls of different layers must come in the same order on every rank. CPU ranks notice by themselves; a GPU's flags tell
+the call, not the layer, so that layers taken for each other give wrong results.
+This check costs a meeting of the hosts a call and says at once who does what.
 """
 
 import os
-from datetime import timedelta
+import weakref
 
 import torch.distributed as dist
 
-_orders: dict[tuple[int, ...], "CallOrder"] = {}
+from megamoe.errors import absent_ranks_named
+from megamoe_cuda.gather import gather
+
+_num_calls = weakref.WeakKeyDictionary()  # group -> calls compared so far, of all its workspaces
 _num_workspaces = 0
 
 
@@ -21,38 +24,27 @@ def next_workspace_index() -> int:
     return _num_workspaces - 1
 
 
-def call_order(group, timeout_s: float) -> "CallOrder | None":
-    """The check for a group of ranks, one for all its workspaces: calls are compared across those too.
-
-    None below MEGAMOE_DEBUG=2, or for one rank. Collective where it is not None.
-    """
+def call_order(group) -> "CallOrder | None":
+    """The check for a workspace; None below MEGAMOE_DEBUG=2, or for one rank. Workspaces of one group are compared with
+    each other too."""
     if os.environ.get("MEGAMOE_DEBUG") not in ("2", "3") or group is None or dist.get_world_size(group) == 1:
         return None
-    members = tuple(dist.get_process_group_ranks(group))
-    if members not in _orders:
-        _orders[members] = CallOrder(members, timeout_s)
-    return _orders[members]
+    return CallOrder(group)
 
 
 class CallOrder:
-    """compare() is collective over `members`, global ranks, on a gloo group of its own: NCCL's streams stay out."""
+    """compare() is collective over the group. Through its store: NCCL and gloo are not touched."""
 
-    def __init__(self, members: tuple[int, ...], timeout_s: float):
-        self._timeout_s, self._num_calls = timeout_s, 0
-        self._group = dist.new_group(
-            members, timeout=timedelta(seconds=timeout_s), backend="gloo", use_local_synchronization=True
-        )
+    def __init__(self, group):
+        self._group = group
 
-    def compare(self, call: str) -> None:
-        """RuntimeError on every rank if they are about to make different calls."""
-        everyone = [None] * dist.get_world_size(self._group)
-        try:
-            dist.all_gather_object(everyone, call, group=self._group)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"call {self._num_calls}: this rank calls {call}; another made none within {self._timeout_s} s: {error}"
-            ) from error
+    def compare(self, call: str, deadline_s: float) -> None:
+        """RuntimeError on every rank if they are about to make different calls; MegaMoEError names a rank that makes
+        none within the deadline."""
+        with absent_ranks_named():
+            everyone = gather(self._group, "call", call, deadline_s)
+        number = _num_calls.get(self._group, 0)  # of this call, from 0
+        _num_calls[self._group] = number + 1
         if len(set(everyone)) > 1:
             said = "; ".join(f"rank {rank} calls {theirs}" for rank, theirs in enumerate(everyone))
-            raise RuntimeError(f"call {self._num_calls} differs between ranks: {said}. Issue calls in the same order")
-        self._num_calls += 1
+            raise RuntimeError(f"call {number} differs between ranks: {said}. Issue calls in the same order")

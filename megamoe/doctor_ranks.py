@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from megamoe.doctor import Row, version_of
+from megamoe.doctor import Row, driver_row, version_of
 from megamoe.ranks import init_process_group
 from megamoe_cuda.compile import read_sources
 from megamoe_cuda.gather import gather
@@ -18,7 +18,7 @@ from megamoe_cuda.gather import gather
 SECTION = "between ranks"
 START_S, DEADLINE_S = 120.0, 60.0
 PING_BYTES, PINGS = 64 << 20, 8
-# Variables that change what a library does; their values are compared, not shown.
+# Variables that change what a library does; values are shown only where they differ.
 PREFIXES = ("CUDA_", "MEGAMOE_DEBUG", "NCCL_", "NVSHMEM_", "TORCH_")
 OWN = {"CUDA_VISIBLE_DEVICES", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE"}  # may differ from rank to rank
 
@@ -35,6 +35,7 @@ def fingerprint() -> dict[str, str]:
     }  # fmt: skip
     if torch.cuda.is_available():
         of = torch.cuda.get_device_properties(torch.cuda.current_device())
+        found |= {"driver": driver_row(1).value}
         found |= {"GPU": f"{of.name}, {of.multi_processor_count} SMs, {of.total_memory >> 20} MiB"}
     found |= {name: value for name, value in os.environ.items() if name.startswith(PREFIXES) and name not in OWN}
     return found

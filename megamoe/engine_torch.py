@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from megamoe.config import MoEConfig
-from megamoe.errors import MegaMoEError
 from megamoe.plan.choice import ReplicaMap
 from megamoe.rebalance import Move, default_placement
 from megamoe.route.replica import choose_replicas
@@ -100,17 +99,11 @@ class TorchEngine:
     def forward(
         self, inputs: Sequence[RankInput], num_tokens_bound: int, outs: Sequence[Tensor | None], kind=None, stream=None
     ) -> list[Tensor]:
-        """num_tokens_bound chooses nothing here: the torch exchange sends exact counts. A failed call fills outs with
-        NaN."""
+        """num_tokens_bound chooses nothing here: the torch exchange sends exact counts."""
         waited = self.exchange.wait_s
         self.exchange.start_call(self.number)
         try:
             results = self._serve(inputs)
-        except MegaMoEError:
-            for out in outs:
-                if out is not None:
-                    out.fill_(float("nan"))
-            raise
         finally:
             self.wait_s += self.exchange.wait_s - waited
         return [y if out is None else out.copy_(y) for y, out in zip(results, outs, strict=True)]

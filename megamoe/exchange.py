@@ -11,6 +11,7 @@ Both classes have the same members; the first three are all that dispatch and co
 """
 
 import contextlib
+import math
 import time
 import weakref
 from collections.abc import Sequence
@@ -28,6 +29,12 @@ from megamoe.layout import STEPS
 Bundle = tuple[Tensor, ...]
 CONNECT_S = 5.0  # at least, for connections after a reset
 _num_exchanges = weakref.WeakKeyDictionary()  # group -> DistExchanges made on it
+
+
+def whole_ms(seconds: float) -> timedelta:
+    """For a wait of gloo, which drops fractions of a millisecond: never less than asked, so that a rank that is late is
+    not taken for one that left."""
+    return timedelta(milliseconds=max(math.ceil(seconds * 1000), 1))
 
 
 class LocalExchange:
@@ -164,6 +171,7 @@ class DistExchange:
     def _point_to_point(self, sends: dict, receives: dict, deadline_s: float, step: str, fault: str) -> None:
         # Not a collective: one that times out cannot say which rank was missing
         begin, have, peer = time.monotonic(), 1, -1
+        since = begin  # of the wait under way, which may last deadline_s
         try:
             sending, coming = {}, {}  # kept until the end: dropping a send's handle cancels it
             for peer, data in sends.items():
@@ -171,13 +179,13 @@ class DistExchange:
             for peer, data in receives.items():
                 coming[peer] = self._connections.recv([data], peer, 0)
             for peer, work in coming.items():  # noqa: B007 (the except clause tells it)
-                work.wait(timedelta(seconds=max(begin + deadline_s - time.monotonic(), 0.001)))
+                work.wait(whole_ms(since + deadline_s - time.monotonic()))
                 have += 1
+            since, deadline_s, fault = time.monotonic(), self.step_deadline_s, "did not take what was sent"
             for peer, work in sending.items():  # noqa: B007
-                work.wait(timedelta(seconds=self.step_deadline_s))
+                work.wait(whole_ms(since + deadline_s - time.monotonic()))
         except RuntimeError as error:
-            seconds = time.monotonic() - begin
-            late = seconds >= deadline_s
+            late, seconds = time.monotonic() - since >= deadline_s, time.monotonic() - begin
             text = f"rank {peer} {fault} within {deadline_s} s" if late else f"rank {peer} left after {seconds:.1f} s"
             cause = str(error).partition("] ")[2].partition(". ")[0] or str(error)  # without gloo's place and advice
             raise self._failure(f"{text}: {cause}", step, peer, have) from error

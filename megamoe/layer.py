@@ -16,7 +16,7 @@ from megamoe.engine import make_engine
 from megamoe.errors import MegaMoEError
 from megamoe.layer_call import LayerCall
 from megamoe.rebalance import Rebalance
-from megamoe.stats import Stats
+from megamoe.stats import Stats, imbalance
 from megamoe.workspace import Workspace
 
 
@@ -246,12 +246,19 @@ class MoELayer(nn.Module):
             raise
         self.workspace.check_open()
 
-    def stats(self) -> Stats:
-        """Live counters of this layer; `stats().prometheus()` is their text. Never waits."""
+    def stats(self, *, load: bool = False) -> Stats:
+        """Live counters of this layer; `stats().prometheus()` is their text. Never waits, unless asked for the load.
+
+        load: also on CUDA `rows` and `imbalance`, read back from the device's counters (load_counts), whose calls so
+        far are waited for. ValueError where the workspace has no room for plans: the kernel then counts nothing."""
         error, counters = self.workspace.poisoned, self._call.counted()
         itemsize = self._call.dtype.itemsize if self._call.dtype is not None else torch.bfloat16.itemsize
+        served = None
+        if load or not self.workspace.is_cuda:
+            served = torch.cat([physical for _, physical in self._engine.load_count]).tolist()
         return Stats(counters.calls, counters.failed, counters.tokens, counters.input_bytes,
                      counters.tokens * self.config.hidden * itemsize, self._engine.wait_s,
+                     None if served is None else sum(served), None if served is None else imbalance(served),
                      None if error is None else str(error))  # fmt: skip
 
     def load_counts(self) -> Load | list[Load]:

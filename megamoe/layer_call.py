@@ -93,12 +93,15 @@ class LayerCall:
             ranks = zip(checks.suffixes(self.virtual_ranks), *columns, strict=True)
             inputs, kinds = zip(*(check.take(*arguments, bound, self.dtype) for arguments in ranks), strict=True)
             outs = columns[-1]
-        stream = workspace.before_call(self.index)
         try:
+            stream = workspace.before_call(self.index)
             results = self.engine.forward(inputs, bound, outs, kind, stream)
         except MegaMoEError as error:
             counters.failed += 1
             workspace.poison(error)
+            for out in outs:
+                if out is not None:
+                    out.fill_(float("nan"))
             raise
         counters.add(kinds)
         if kind is None:

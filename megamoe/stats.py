@@ -1,4 +1,4 @@
-"""What a layer has done so far, from what the host knows at each launch: nothing is read back from a device."""
+"""What a layer has done so far, from what the host knows at each launch: nothing is read back from a device unasked."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,11 +21,18 @@ class Counters:
             self.input_bytes += calls * kind.input_bytes
 
 
+def imbalance(served: list[int]) -> float:
+    """served: rows of each slot. Largest over mean, 1.0 where nothing was served."""
+    return max(served) * len(served) / sum(served) if any(served) else 1.0
+
+
 class Stats(NamedTuple):
     """calls: of forward that were taken (replays of a captured graph are not seen). failed: ended in MegaMoEError.
     tokens: rows given, all ranks of this process; input_bytes, output_bytes: of hidden_states and of the result.
     wait_s: seconds in which a CPU rank waited for peers; None on CUDA, where `python -m megamoe trace` shows waits.
-    error: why the workspace refuses calls, or None."""
+    rows: that the ranks of this process served, of whatever rank's tokens: compared between ranks, it shows who has
+    most work. imbalance: rows of the busiest expert slot here over the mean of all slots here; 1 without rows.
+    Both None on CUDA unless asked for. error: why the workspace refuses calls, or None."""
 
     calls: int = 0
     failed: int = 0
@@ -33,6 +40,8 @@ class Stats(NamedTuple):
     input_bytes: int = 0
     output_bytes: int = 0
     wait_s: float | None = None
+    rows: int | None = None
+    imbalance: float | None = None
     error: str | None = None
 
     def prometheus(self, **labels: str) -> str:
@@ -40,11 +49,12 @@ class Stats(NamedTuple):
         given = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
         rows = [("calls_total", self.calls), ("failed_calls_total", self.failed), ("tokens_total", self.tokens),
                 ("input_bytes_total", self.input_bytes), ("output_bytes_total", self.output_bytes),
-                ("wait_seconds_total", self.wait_s), ("healthy", int(self.error is None))]  # fmt: skip
+                ("wait_seconds_total", self.wait_s), ("rows_total", self.rows), ("imbalance", self.imbalance),
+                ("healthy", int(self.error is None))]  # fmt: skip
         lines = []
         for name, value in rows:
             if value is not None:
-                kind = "gauge" if name == "healthy" else "counter"
+                kind = "counter" if name.endswith("_total") else "gauge"
                 lines += [f"# TYPE megamoe_{name} {kind}", f"megamoe_{name}{{{given}}} {value}"]
         return "\n".join(lines) + "\n"
 

@@ -60,7 +60,7 @@ class Workspace:
         self.group = group
         group_size = dist.get_world_size(group) if group is not None else 1
         self.ep_rank = dist.get_rank(group) if group is not None else 0
-        self.streams, self.order = StreamOwner(), call_order(group, ep_config.arrive_deadline_s)
+        self.streams, self.order = StreamOwner(), call_order(group)
         self.index, self.layers = next_workspace_index(), []
         self.call_checks = {}  # of its layers, by MoEConfig
         self.num_ranks_here = ep_config.virtual_ranks or 1
@@ -110,7 +110,7 @@ class Workspace:
         if stream is not None and stream != self.streams.handle:
             self.streams.check(torch.cuda.current_stream(self.device), torch.cuda.is_current_stream_capturing)
         if self.order is not None:
-            self.order.compare(f"layer {layer_index} of workspace {self.index}")
+            self.order.compare(f"layer {layer_index} of workspace {self.index}", self.ep_config.arrive_deadline_s)
         return stream
 
     def warmup(self) -> None:

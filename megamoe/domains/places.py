@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from megamoe_cuda.gather import gather
+
 
 class Place(NamedTuple):
     """One rank. device: "cpu" or "cuda:I NAME". gpu: its UUID, "" on CPU. seen, reached: UUIDs of the GPUs that this
@@ -25,9 +27,7 @@ def gather_places(group: dist.ProcessGroup | None, device: torch.device) -> list
     mine = place_of(0 if group is None else dist.get_rank(group), device)
     if group is None or dist.get_world_size(group) == 1:
         return [mine]
-    places = [None] * dist.get_world_size(group)
-    dist.all_gather_object(places, mine, group=group)
-    return places
+    return [Place(*place) for place in gather(group, "places", mine)]
 
 
 def place_of(rank: int, device: torch.device) -> Place:

@@ -54,16 +54,23 @@ class Sequence(NamedTuple):
 
 
 @st.composite
+def configs_of(draw, ep_size: int, on_gpu: bool) -> MoEConfig:
+    """Both weight formats; plain SwiGLU mostly, or gpt-oss's gating, biases and shared experts in any combination."""
+    widths, topk = st.sampled_from(range(128, 2049 if on_gpu else 385, 128)), draw(st.integers(1, 16))
+    return MoEConfig(
+        draw(widths), draw(widths), draw(st.integers(1, 16 if on_gpu else 4)) * ep_size, topk,
+        draw(st.sampled_from(("fp8", "fp8", "mxfp4"))), draw(st.sampled_from((None, 0.5, 7.0))),
+        draw(st.sampled_from(("swiglu", "swiglu", "swiglu_oai"))), draw(st.sampled_from((False, False, True))),
+        min(draw(st.sampled_from((0, 0, 0, 1, 2))), 16 - topk),
+    )  # fmt: skip
+
+
+@st.composite
 def sequences(draw, device: str) -> Sequence:
     """One or two layers on 1 to 4 ranks (GPU: up to 8), one to five calls of either in any order."""
     on_gpu = device == "cuda"
     ep_size = draw(st.sampled_from((1, 2, 3, 4, 8) if on_gpu else (1, 2, 3, 4)))
-    widths = st.sampled_from(range(128, 2049 if on_gpu else 385, 128))
-    configs = draw(st.lists(
-        st.builds(MoEConfig, widths, widths,
-                  st.integers(1, 16 if on_gpu else 4).map(lambda local: local * ep_size),
-                  st.integers(1, 16), st.just("fp8"), st.sampled_from((None, 0.5, 7.0))),
-        min_size=1, max_size=2, unique=True))  # fmt: skip
+    configs = draw(st.lists(configs_of(ep_size, on_gpu), min_size=1, max_size=2, unique=True))
     capacity = draw(st.integers(1, 300 if on_gpu else 12))
     calls = st.builds(
         Call, st.integers(0, len(configs) - 1), st.integers(0, 2**20),
@@ -115,7 +122,9 @@ def run(sequence: Sequence, device: str, tally: dict) -> None:
                 loaded[call.layer] = case
                 w = case.weights
                 layer.load_weights(*([getattr(rank, name) for rank in w]
-                                     for name in ("linear1", "linear2", "linear1_sf", "linear2_sf")))  # fmt: skip
+                                     for name in ("linear1", "linear2", "linear1_sf", "linear2_sf")),
+                                   **{name: [getattr(rank, name) for rank in w]
+                                      for name in ("linear1_bias", "linear2_bias") if layer.config.bias})  # fmt: skip
             case = case._replace(weights=loaded[call.layer].weights)
             inputs, bound = case.inputs, max(call.counts) if call.bound else None
             results = []
@@ -164,7 +173,8 @@ def fuzz(seed: int, minutes: float, device: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m megamoe.testing.fuzz", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m megamoe.testing.fuzz",
+                                     description=__doc__.partition(": ")[2])  # fmt: skip
     parser.add_argument("--minutes", type=float, default=1.0, help="default %(default)s")
     parser.add_argument("--seed", type=int, help="the first batch's; default: drawn, and printed")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

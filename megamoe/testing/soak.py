@@ -197,7 +197,7 @@ def soak(device: str, minutes: float, state_file: Path, num_cases: int, calls_a_
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m megamoe.testing.soak", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m megamoe.testing.soak", description=__doc__.partition(": ")[2])
     parser.add_argument("--minutes", type=float, default=8.0, help="of this run; default %(default)s")
     parser.add_argument("--state", required=True, metavar="FILE", help="runs add up here; a rank adds its number")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

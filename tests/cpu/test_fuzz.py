@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("hypothesis", reason="not run: hypothesis is not installed")
 
 from megamoe import MoELayer
+from megamoe.builds import needs_extras
 from megamoe.testing import fuzz
 
 
@@ -21,6 +22,16 @@ def test_a_seed_draws_the_same_sequences_again(monkeypatch):
     for _ in range(2):
         fuzz.batch(7, "cpu", 10, {"sequences": 0, "calls": 0})
     assert len(drawn) == 20 and drawn[:10] == drawn[10:]
+
+
+def test_every_kind_of_layer_is_drawn(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(fuzz, "run", lambda sequence, device, tally: drawn.extend(sequence.configs))
+    fuzz.batch(1, "cpu", 60, {"sequences": 0, "calls": 0})
+    for name, values in (("weight_format", {"fp8", "mxfp4"}), ("activation", {"swiglu", "swiglu_oai"}),
+                         ("bias", {False, True}), ("num_shared_experts", {0, 1, 2})):  # fmt: skip
+        assert {getattr(config, name) for config in drawn} == values
+    assert any(config.weight_format == "fp8" and not needs_extras(config) for config in drawn)
 
 
 def test_what_is_wrong_is_found_and_shrunk(monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -123,6 +124,45 @@ def refused(info):
     layer.check()
     workspace.close()
     return result | {"after_reset": bool(y.isfinite().all() and y.any())}
+
+
+def left_alone(info):
+    """The last rank ends without a word between two calls; the others do not catch what that makes of the second."""
+    config = MoEConfig(hidden=128, intermediate=128, num_experts=6, topk=3)
+    case = make_case(0, config, info.ep_size, 4, ranks=[info.ep_rank])
+    w, i = case.weights[0], case.inputs[0]
+    with Workspace(config, EPConfig(16, arrive_deadline_s=1.5), device="cpu") as workspace:
+        layer = MoELayer(config, workspace)
+        layer.load_weights(w.linear1, w.linear2, w.linear1_sf, w.linear2_sf)
+        layer(i.x, i.topk_idx, i.topk_weights)
+        if info.ep_rank == info.ep_size - 1:
+            os._exit(9)
+        layer(i.x, i.topk_idx, i.topk_weights)
+    return {}
+
+
+def ports(info):
+    """Sockets of this process that listen: with the process group, a workspace after a call, reset, closed."""
+    counts = [listening()]
+    workspace = Workspace(SMALL, EPConfig(16), device="cpu")
+    layer, case = MoELayer(SMALL, workspace), make_case(0, SMALL, info.ep_size, 4, ranks=[info.ep_rank])
+    w, i = case.weights[0], case.inputs[0]
+    layer.load_weights(w.linear1, w.linear2, w.linear1_sf, w.linear2_sf)
+    layer(i.x, i.topk_idx, i.topk_weights)
+    counts.append(listening())
+    workspace.reset()
+    counts.append(listening())
+    workspace.close()
+    return {"listening": [*counts, listening()]}
+
+
+def listening():
+    fds = Path("/proc/self/fd")
+    mine = {os.readlink(fd)[len("socket:["):-1] for fd in fds.iterdir()
+            if fd.is_symlink() and os.readlink(fd).startswith("socket:[")}  # fmt: skip
+    tables = [Path(f"/proc/net/{name}") for name in ("tcp", "tcp6")]
+    sockets = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
+    return sum(columns[3] == "0A" and columns[9] in mine for columns in sockets)
 
 
 def main():

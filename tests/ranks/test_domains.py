@@ -82,6 +82,7 @@ def test_a_domain_that_stays_away_is_named_in_time_and_reset_mends(jobs):
                 assert f"domain 1 did not come within 2.0 s: no word from its rank of index {number}" in told["error"]
                 assert told["record"] == [number, -1, "exchange", "dispatch", number + 2, 1, 2]
                 assert 1.9 < told["seconds"] < 8.0 and "call workspace.reset()" in told["check"]
+                assert told["spoiled"]
 
 
 HOSTS = """

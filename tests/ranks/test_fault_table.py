@@ -3,8 +3,9 @@
 import os
 
 import pytest
+import torch
 
-from megamoe.testing.faults import host, table
+from megamoe.testing.faults import device, device_ranks, host, host_ranks, table
 
 NAMES = [fault.name for fault in host.FAULTS]
 
@@ -23,6 +24,29 @@ def test_fault_ends_in_words(name, rows):
     if row.ok is None:
         pytest.skip(f"not run: {row.problem}")
     assert row.ok, table.render([row])
+
+
+def test_what_is_not_given_back_is_found(monkeypatch):
+    monkeypatch.setattr(host_ranks, "group", lambda: None)
+    monkeypatch.setattr(host_ranks, "meet", lambda group: None)
+    kept = []
+    for take in (lambda: os.fdopen(os.dup(1)), lambda: torch.zeros(1), lambda: None):
+        body = host_ranks.all_live(lambda rank, group, take=take: kept.append(take()) or table.Said("no error", 0.0))
+        assert ("descriptors and tensors" in body(0).problem) == (kept[-1] is not None)
+    kept[0].close()
+
+
+def test_a_pattern_that_names_no_fault_is_refused(capsys):
+    with pytest.raises(SystemExit) as left:
+        table.main(["--side", "host", "--only", "no such fault"])
+    assert left.value.code == 2 and "'no such fault' is in no fault's name" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="not run: of a machine without a GPU")
+def test_every_device_fault_is_listed_where_it_cannot_run():
+    rows = device.rows()
+    assert len(rows) == len(device.FAULTS) + len(device_ranks.FAULTS)
+    assert all(row.ok is None and "GPU" in row.problem for row in rows)
 
 
 def test_the_judge_can_fail():

@@ -2,10 +2,17 @@
 
 import json
 import os
+import re
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from megamoe import MegaMoEError
+from megamoe.exchange import DistExchange
 from megamoe.testing.spawn import spawn_ranks
 
 JOBS = Path(__file__).with_name("rank_jobs.py")
@@ -63,3 +70,42 @@ def test_a_refused_rank_is_named_by_the_others_at_their_deadline():
         assert 1.4 < result["seconds"] < 3.5
         assert "call workspace.reset()" in result["check"]
     assert all(result["after_reset"] for result in (first, second, last))
+
+
+def test_ranks_left_alone_end_by_themselves_and_with_a_status():
+    """What a program that catches nothing does when a rank dies: no wait at exit, no status 0."""
+    begin = time.monotonic()
+    results = spawn_ranks([JOBS, "left_alone"], 3, timeout_s=60)
+    assert [result.returncode for result in results] == [1, 1, 9], "\n".join(result.output for result in results)
+    assert time.monotonic() - begin < 60
+    for result in results[:2]:
+        last = result.output.strip().splitlines()[-1]
+        assert re.search(r"MegaMoEError: rank \d role exchange step dispatch: rank 2|first to give up .* rank 2", last)
+
+
+class Dropping:
+    """A connection and its work, to a peer that stays away: as gloo's, a wait drops fractions of a millisecond."""
+
+    def recv(self, tensors, peer, tag):
+        return self
+
+    def wait(self, timeout):
+        end = time.monotonic() + timeout // timedelta(milliseconds=1) / 1000
+        while time.monotonic() < end:
+            pass
+        raise RuntimeError("[unbound_buffer.cc] Timed out waiting for recv operation to complete. Advice")
+
+
+def test_a_late_rank_is_not_said_to_have_left():
+    exchange = object.__new__(DistExchange)
+    exchange.ep_rank, exchange.ep_size, exchange.wait_s, exchange.step_deadline_s = 0, 2, 0.0, 1.0
+    exchange._connections, exchange._store, exchange._number, exchange._resets = Dropping(), dist.HashStore(), 1, 0
+    for deadline_s in (0.0099, 0.01, 0.01099):
+        with pytest.raises(MegaMoEError, match=f"rank 1 did not come within {deadline_s} s: Timed out waiting"):
+            exchange._point_to_point({}, {1: torch.zeros(1)}, deadline_s, "dispatch", "did not come")
+
+
+def test_a_workspace_listens_nowhere_until_a_reset_connects_anew():
+    for result in run("ports", 2):
+        group, called, reset, closed = result["listening"]
+        assert group == called == closed and reset == group + 1

@@ -142,10 +142,10 @@ def try_fault(faulty: FaultyLayer, fault: DeviceFault, label: str) -> table.Row:
 
 
 def rows(only: str | None = None) -> list[table.Row]:
-    """All device rows; where there are no means, one row that says so."""
+    """All device rows; those that this machine lacks the means for say so."""
     picked = [fault for fault in FAULTS if only is None or re.search(only, fault.name)]
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        return [table.Row("device", fault.name, fault.step, {}, 0.0, None, "no sm_90 GPU") for fault in picked]
+        return [*(_not_run(fault, "no sm_90 GPU") for fault in picked), *rank_rows(only)]
     found = []
     for label, (weight_format, num_tokens) in LABELS.items():
         tried = [fault for fault in picked if (fault.point == "decoded") == decodes_ahead(weight_format, num_tokens)]
@@ -169,8 +169,12 @@ def rows(only: str | None = None) -> list[table.Row]:
 def rank_rows(only: str | None) -> list[table.Row]:
     from megamoe.testing.faults import device_ranks
 
-    if only is not None and not any(re.search(only, fault.name) for fault in device_ranks.FAULTS):
-        return []
-    if torch.cuda.device_count() < 2:
-        return [table.Row("device", "ranks on two GPUs", "all", {}, 0.0, None, "needs 2 GPUs, found 1")]
+    picked = [fault for fault in device_ranks.FAULTS if only is None or re.search(only, fault.name)]
+    count = torch.cuda.device_count()
+    if not picked or count < 2:
+        return [_not_run(fault, f"needs 2 GPUs, found {count}") for fault in picked]
     return table.run_module("megamoe.testing.faults.device_ranks", "device", only)
+
+
+def _not_run(fault, reason: str) -> table.Row:
+    return table.Row("device", fault.name, fault.step, {}, 0.0, None, reason)

@@ -34,8 +34,8 @@ FAULTY = 2  # the rank at which things go wrong: always the last
 
 
 class Fault(NamedTuple):
-    """name, step: columns of the table. body(rank, group) -> Said, or ends its process; for a fault that it cannot meet
-    here it returns a text. survivors, faulty: patterns of what the last rank, and the others, must say; faulty None: it
+    """name, step: columns of the table. body(rank) -> Said, or ends its process; for a fault that it cannot meet here
+    it returns a text. survivors, faulty: patterns of what the last rank, and the others, must say; faulty None: it
     is gone, or says nothing. deadline_s: of the wait that must end. own_ranks: in processes of its own, since one dies.
     num_ranks: as many; started: those of them that are started, None for all."""
 
@@ -150,7 +150,8 @@ def _rank_main(module: str, names: list[str], rank: int, num_ranks: int, port: i
                 answer = Said("", 0.0, traceback.format_exc(chain=False))
             file.write(json.dumps([name, answer]) + "\n")
             # A rank that lost another leaves at once and without collective clean-up
-            status = status or int(faults[name].own_ranks)
+            lost = isinstance(answer, str) or answer.text != "no error"
+            status = status or int(faults[name].own_ranks and lost)
     os._exit(status)
 
 
@@ -206,9 +207,10 @@ def render(rows: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 1 if a row is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m megamoe.testing.faults", description=__doc__.splitlines()[0])
-    parser.add_argument("--side", choices=("host", "device", "both"), default="both")
+    """Exit status 1 if a row is wrong, 2 if none was asked for."""
+    parser = argparse.ArgumentParser(prog="python -m megamoe.testing.faults", description=__doc__.partition(": ")[2])
+    parser.add_argument("--side", choices=("host", "device", "both"), default="both",
+                        help="host: CPU ranks; device: what the GPUs here can show; default: %(default)s")  # fmt: skip
     parser.add_argument("--only", metavar="PATTERN", help="faults whose name has this regular expression")
     parser.add_argument("--json", metavar="FILE", help="also write the rows there, one JSON object a line")
     given = parser.parse_args(argv)
@@ -219,6 +221,8 @@ def main(argv: list[str] | None = None) -> int:
         from megamoe.testing.faults import device
 
         rows += device.rows(given.only)
+    if not rows:
+        parser.error(f"--only {given.only!r} is in no fault's name")
     print(render(rows))
     if given.json:
         with open(given.json, "w", encoding="utf-8") as file:
