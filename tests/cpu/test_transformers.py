@@ -294,6 +294,11 @@ def test_generate_script_prints_errors_and_text(capsys):
     with pytest.raises(SystemExit):
         generate.main(["--help"])
     assert "torchrun" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        generate.main(["--capacity", "0"])
+    assert "--capacity 0 must be at least 1" in capsys.readouterr().err
+    assert generate.main(["--prompt", "hello", "--capacity", "3", "--device", "cpu"]) == 2
+    assert "generate: model.layers.0.mlp.experts: num_tokens=5" in capsys.readouterr().err
 
 
 def test_two_ranks_with_their_own_prompts_give_what_one_process_gives(model, checkpoint, tmp_path, capsys):
@@ -334,7 +339,7 @@ def rank_main(checkpoint: str, out: str) -> None:
         model, mine, 2, weight_format="bf16", checkpoint=checkpoint
     )  # rank 1 has one prompt: it idles
     safetensors_torch.save_file({"logits": logits}, f"{out}/rank{rank.ep_rank}.safetensors")
-    generate.main(generate_arguments(checkpoint))
+    assert generate.main(generate_arguments(checkpoint)) == 0
     torch.distributed.destroy_process_group()
 
 
