@@ -64,9 +64,7 @@ def tiny_model(family: str = "qwen3_moe", seed: int = 0, **changes) -> torch.nn.
         model = getattr(transformers, f"{FAMILIES[family][0]}ForCausalLM")(tiny_config(family, **changes)).eval()
         with torch.no_grad():
             for name, value in [*model.named_parameters(), *model.named_buffers()]:
-                if name.endswith(("bias", "sinks")) or (
-                    name.endswith(ROUTERS) and not value.any()
-                ):
+                if name.endswith(("bias", "sinks")) or (name.endswith(ROUTERS) and not value.any()):
                     value.normal_(std=0.05)
     return model
 
