@@ -261,6 +261,13 @@ def test_generate_takes_a_quantized_checkpoint_and_serves_its_bytes(saved, famil
     assert capsys.readouterr().out.splitlines()[-1] == whole[-1]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mxfp4_from_files_is_mxfp4_from_parameters(saved, family):
+    model = tiny_model(family)  # gpt-oss's sizes are padded, its gate and up rows alternate
+    expected = served_logits(model, IDS, weight_format="mxfp4")
+    assert torch.equal(served_logits(model, IDS, weight_format="mxfp4", checkpoint=saved[family]), expected)
+
+
 def is_fp8(path) -> bool:
     checkpoint = Checkpoint(path)
     return any(checkpoint.describe(name).dtype == "F8_E4M3" for name in checkpoint.names)
