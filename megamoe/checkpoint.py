@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from megamoe.checkpoint_layouts import SF_DTYPES, Layout, Part, blocks_of, find_layout
 from megamoe.config import BLOCK, MoEConfig
+from megamoe.quant import mxfp4
 from megamoe.quant.fp8 import dequantize_blocks, quantize_blocks
 from megamoe.steps import ExpertWeights
 
@@ -265,7 +266,7 @@ def load_experts(
     config        hidden, intermediate and num_experts to hold the tensors against, weight_format to return:
                   "fp8": block-FP8 is copied as it is, plain weights are quantized by 128x128 block;
                   "bf16": `dtype` tensors; plain weights are cast, block-FP8 and MXFP4 are dequantized;
-                  "mxfp4": MXFP4 blocks are copied as they are, else as "bf16": `load_weights` quantizes those.
+                  "mxfp4": MXFP4 blocks are copied as they are, all else is quantized by 32 of K on the way.
     sizes         hidden and intermediate in the files, where config has them rounded up to 128: padded with zeros
     progress      called with the bytes of every tensor read
 
@@ -302,6 +303,8 @@ def load_experts(
 
 
 def allocate(config: MoEConfig, sizes: tuple[int, int], num_experts: int, dtype: torch.dtype, device) -> ExpertWeights:
+    if config.weight_format == "mxfp4":
+        return mxfp4_reader().allocate(config, sizes, num_experts, device)
     fp8 = config.weight_format == "fp8"
     # A tensor that is filled whole need not be cleared first
     make = torch.empty if sizes == (config.hidden, config.intermediate) else torch.zeros
@@ -339,7 +342,7 @@ def fill(weights: ExpertWeights, config: MoEConfig, part: Part, slot: int, tenso
             # Exact halves: intermediate is a multiple of 128, so no block straddles gate and up
             value_sf = weights.linear1_sf
             if value_sf is not None:
-                value_sf = value_sf[slot].unflatten(0, (2, config.intermediate // BLOCK))[half]
+                value_sf = value_sf[slot].unflatten(0, (2, -1))[half]
             copy_in(value, value_sf, rows, sf)
 
 
@@ -354,9 +357,13 @@ def copy_in(value: torch.Tensor, value_sf: torch.Tensor | None, tensor: torch.Te
             padded = (0, -num_columns % BLOCK, 0, -len(chunk) % BLOCK)
             chunk = F.pad(chunk.view(torch.uint8), padded).view(chunk.dtype) if sf is not None else F.pad(chunk, padded)
         rows, blocks = slice(row, row + len(chunk)), slice(row // BLOCK, (row + len(chunk)) // BLOCK)
-        if value_sf is None:
-            whole = dequantize_blocks(chunk, sf[blocks].to(chunk.device))
-            value[rows, : whole.shape[1]] = whole
+        if value_sf is None or value_sf.dtype == torch.uint8:
+            whole = chunk if sf is None else dequantize_blocks(chunk, sf[blocks].to(chunk.device))
+            if value_sf is None:
+                value[rows, : whole.shape[1]] = whole
+            else:
+                codes, codes_sf = mxfp4.quantize(whole)
+                value[rows, : codes.shape[1]], value_sf[rows, : codes_sf.shape[1]] = codes, codes_sf
             continue
         quantized, quantized_sf = (chunk, sf[blocks]) if sf is not None else quantize_blocks(chunk)
         value[rows, : quantized.shape[1]] = quantized

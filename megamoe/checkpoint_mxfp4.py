@@ -70,7 +70,7 @@ def load_experts(
     CheckpointError names a NaN scale factor. Memory: the result, and at most one expert on the way.
     """
     prefix = find_layout(checkpoint.names, prefix).prefix
-    weights = _allocate(config, sizes, len(expert_range), dtype, device)
+    weights = files.allocate(config, sizes, len(expert_range), dtype, device)
     parts = {part.name: part for part in _parts(prefix, config, sizes) if not part.name.endswith("_scales")}
 
     def read(name: str, expert: int) -> Tensor:
@@ -138,9 +138,8 @@ def _parts(prefix: str, config: MoEConfig, sizes: tuple[int, int]) -> list[Part]
     return found
 
 
-def _allocate(config: MoEConfig, sizes: tuple[int, int], num_experts: int, dtype: torch.dtype, device) -> ExpertWeights:
-    if config.weight_format != "mxfp4":
-        return files.allocate(config, sizes, num_experts, dtype, device)
+def allocate(config: MoEConfig, sizes: tuple[int, int], num_experts: int, device) -> ExpertWeights:
+    """Codes and scale factors to be filled; padding is the zero that quantize makes."""
     is_padded = sizes != (config.hidden, config.intermediate)
 
     def matrix(rows: int, columns: int, padding: int) -> Tensor:

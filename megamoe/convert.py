@@ -1,7 +1,8 @@
 """python -m megamoe convert SRC DST --format F: a whole checkpoint in another number format, shard by shard.
 
     fp8    experts' plain weights become e4m3 with a `weight_scale_inv` per 128x128 block; all else is copied
-    bf16   block-FP8 tensors, experts or not, become bf16, as do experts' plain weights; all else is copied
+    bf16   block-FP8 tensors, experts or not, become bf16, as do experts' plain weights and MXFP4 blocks; all else is
+           copied
     mxfp4  gpt-oss's plain stacked experts become its published blocks and scales; all else is copied
 
 Every shard keeps its name. `convert.json` in DST records the sha256 of each source shard and of what was made of it: a
@@ -22,6 +23,7 @@ import torch
 
 from megamoe.checkpoint import DTYPES, INDEX_NAME, SINGLE_NAME, Checkpoint, CheckpointError
 from megamoe.checkpoint_layouts import PLAIN_DTYPES, PROJECTIONS, blocks_of
+from megamoe.checkpoint_mxfp4 import NAN_SF
 from megamoe.config import BLOCK
 from megamoe.layout import MXFP4_GROUP
 from megamoe.progress import Progress
@@ -34,6 +36,7 @@ EXPERT = re.compile(
     r"\.experts\.\d+\.(" + "|".join(name for names in PROJECTIONS.values() for name in names) + r")\.weight$"
 )
 STACKED = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
+BLOCKS = re.compile(r"\.experts\.(gate_up_proj|down_proj)_blocks$")
 SCALE = "_scale_inv"
 NAMES = {torch_dtype: name for name, torch_dtype in DTYPES.items()}
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
@@ -51,6 +54,10 @@ class Source(NamedTuple):
     def is_expert(self) -> bool:
         return EXPERT.search(self.name) is not None
 
+    @property
+    def is_blocks(self) -> bool:
+        return BLOCKS.search(self.name) is not None and self.has_sf
+
 
 class Conversion(NamedTuple):
     """described: what comes out, name -> (dtype, shape); make: (tensor, sf or None) -> those tensors, in that order."""
@@ -67,7 +74,12 @@ def to_bf16(source: Source) -> Conversion:
     """bf16: see the module's docstring."""
     if source.dtype == "F8_E4M3" and source.has_sf:
         return Conversion({source.name: (torch.bfloat16, source.shape)}, lambda tensor, sf: (_dequantize(tensor, sf),))
-    if source.is_expert and source.dtype in PLAIN_DTYPES:
+    if source.is_blocks:
+        num_experts, outputs, groups, _ = source.shape
+        shape = num_experts, groups * MXFP4_GROUP, outputs
+        described = {source.name.removesuffix("_blocks"): (torch.bfloat16, shape)}
+        return Conversion(described, lambda codes, sf: (_dequantize_mxfp4(codes, sf, source.name),))
+    if (source.is_expert or STACKED.search(source.name)) and source.dtype in PLAIN_DTYPES:
         return Conversion({source.name: (torch.bfloat16, source.shape)}, lambda tensor, _: (tensor.bfloat16(),))
     return _copied(source)
 
@@ -90,6 +102,9 @@ def to_fp8(source: Source) -> Conversion:
 
 def to_mxfp4(source: Source) -> Conversion:
     """mxfp4: see the module's docstring; names and shapes: megamoe/checkpoint_mxfp4.py."""
+    if source.is_blocks:
+        described = {source.name: (torch.uint8, source.shape), sf_name(source.name): (torch.uint8, source.shape[:-1])}
+        return Conversion(described, lambda codes, sf: (codes, sf))
     if source.has_sf:
         return to_fp8(source)
     if not (STACKED.search(source.name) and source.dtype in PLAIN_DTYPES):
@@ -112,15 +127,41 @@ def _quantize_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes.unflatten(-1, (-1, MXFP4_GROUP // 2)), sf
 
 
+def _dequantize_mxfp4(codes: torch.Tensor, sf: torch.Tensor, name: str) -> torch.Tensor:
+    """[E, outputs, inputs / 32, 16] -> bf16 [E, inputs, outputs]; an expert at a time: the fp32 copy stays small."""
+    if bool((sf == NAN_SF).any()):
+        raise ValueError(f"{sf_name(name)} has a scale factor of {NAN_SF}, which is NaN; copy the checkpoint again")
+    whole = torch.empty(codes.shape[0], codes.shape[2] * MXFP4_GROUP, codes.shape[1], dtype=torch.bfloat16)
+    for expert, matrix in enumerate(whole):
+        matrix.copy_(mxfp4.dequantize(codes[expert].flatten(1), sf[expert]).t())
+    return whole
+
+
+def sf_name(name: str) -> str:
+    """Of the tensor with a quantized tensor's scale factors."""
+    return name.removesuffix("_blocks") + "_scales" if BLOCKS.search(name) else name + SCALE
+
+
+def _owner(name: str) -> str | None:
+    """Whose scale factors `name` are, or None: the inverse of sf_name."""
+    if BLOCKS.search(blocks := name.removesuffix("_scales") + "_blocks") and name.endswith("_scales"):
+        return blocks
+    return name.removesuffix(SCALE) if name.endswith(SCALE) else None
+
+
 def _refusal(name: str, shape: tuple[int, ...], make) -> str | None:
     """Why an expert's tensor has no place in the target's format."""
-    if make is not to_mxfp4:
-        stacked = name.endswith((".gate_up_proj", ".gate_up_proj_blocks"))
-        return "holds all experts of a layer; such checkpoints are converted as they load" if stacked else None
-    if EXPERT.search(name):
-        return "holds one expert; MXFP4 files have all of a layer in one tensor. It is converted as it loads"
-    if STACKED.search(name) and (len(shape) != 3 or shape[1] % MXFP4_GROUP):
-        return f"is {list(shape)}; MXFP4 needs [experts, inputs, outputs], inputs a multiple of {MXFP4_GROUP}"
+    if make is to_fp8 and (STACKED.search(name) or BLOCKS.search(name)):
+        return (
+            "all experts of a layer in one tensor, which no published FP8 layout has; load it with "
+            "weight_format='fp8' instead"
+        )
+    if make is to_mxfp4 and EXPERT.search(name):
+        return (
+            "one expert, and MXFP4 files have all of a layer in one tensor; load it with weight_format='mxfp4' instead"
+        )
+    if make is to_mxfp4 and STACKED.search(name) and (len(shape) != 3 or shape[1] % MXFP4_GROUP):
+        return f"{list(shape)}; MXFP4 needs [experts, inputs, outputs], inputs a multiple of {MXFP4_GROUP}"
     return None
 
 
@@ -163,7 +204,9 @@ def convert(
     source, target = Path(source), Path(target)
     make = FORMATS[weight_format]
     checkpoint = Checkpoint(source)
-    if not source.is_dir() or source.resolve() == target.resolve():
+    if not source.is_dir():
+        raise ValueError(f"SRC {source} is a file; give the directory it is in")
+    if source.resolve() == target.resolve() or (target.exists() and not target.is_dir()):
         raise ValueError(f"DST {target}: source and destination must be two directories")
     shards = _plan(checkpoint, make)
     config = json.loads((source / "config.json").read_text()) if (source / "config.json").is_file() else None
@@ -195,7 +238,7 @@ def convert(
 
 def _plan(checkpoint: Checkpoint, make) -> dict[str, list[tuple[Source, Conversion]]]:
     """Shard file -> its tensors in the order of the file, scale factors with the tensor that they belong to."""
-    names, problems = set(checkpoint.names), []
+    names, problems, refused = set(checkpoint.names), [], {}
     shards: dict[str, list[tuple[Source, Conversion]]] = {}
     for name in names:
         info = checkpoint.describe(name)
@@ -204,7 +247,9 @@ def _plan(checkpoint: Checkpoint, make) -> dict[str, list[tuple[Source, Conversi
         elif info.dtype not in DTYPES:
             problems.append(f"dtype: {name} is {info.dtype}, which is not read here; known: {', '.join(DTYPES)}")
         elif (refusal := _refusal(name, info.shape, make)) is not None:
-            problems.append(f"layout: {name} {refusal}")
+            refused.setdefault(refusal, []).append(name)
+        elif BLOCKS.search(name):
+            problems += _blocks_problems(checkpoint, name, info)
         elif info.dtype == "F8_E4M3" and len(info.shape) == 2:
             sf = checkpoint.describe(name + SCALE) if name + SCALE in names else None
             wanted = tuple(map(blocks_of, info.shape))
@@ -212,23 +257,40 @@ def _plan(checkpoint: Checkpoint, make) -> dict[str, list[tuple[Source, Conversi
                 problems.append(f"missing: {name}{SCALE}, the scale factors of an e4m3 tensor")
             elif sf.shape != wanted:
                 problems.append(f"misshapen: {name}{SCALE} is {list(sf.shape)}, blocks of 128 give {list(wanted)}")
-        if name.endswith(SCALE) and name.removesuffix(SCALE) not in names:
+        if (owner := _owner(name)) is not None and owner not in names:
             problems.append(f"extra: {name} belongs to no tensor")
+    for refusal, of in refused.items():  # a whole layout: every layer's and expert's name would say the same
+        rest = f" and {len(of) - 1} more" * (len(of) > 1)
+        problems.append(f"layout: {min(of)}{rest}: {refusal}")
     if problems:
         raise CheckpointError(checkpoint.path, sorted(problems))
     for name in sorted(names, key=checkpoint.place_of):
-        if not name.endswith(SCALE):
+        if _owner(name) is None:
             info = checkpoint.describe(name)
-            source = Source(name, info.dtype, info.shape, name + SCALE in names)
+            source = Source(name, info.dtype, info.shape, sf_name(name) in names)
             shards.setdefault(checkpoint.file_of(name), []).append((source, make(source)))
     return shards
+
+
+def _blocks_problems(checkpoint: Checkpoint, name: str, info) -> list[str]:
+    if info.dtype != "U8" or len(info.shape) != 4 or info.shape[3] != MXFP4_GROUP // 2:
+        return [
+            f"misshapen: {name} is {info.dtype} {list(info.shape)}, MXFP4 blocks are U8 [experts, rows, groups, 16]"
+        ]
+    sf = checkpoint.describe(sf_name(name)) if sf_name(name) in checkpoint else None
+    if sf is None:
+        return [f"missing: {sf_name(name)}, the scale factors of MXFP4 blocks"]
+    if (sf.dtype, sf.shape) != ("U8", info.shape[:3]):
+        return [f"misshapen: {sf_name(name)} is {sf.dtype} {list(sf.shape)}, its blocks need U8 {list(info.shape[:3])}"]
+    return []
 
 
 def _tensors(checkpoint: Checkpoint, conversions, progress) -> Iterator[tuple[str, torch.Tensor]]:
     for source, conversion in conversions:
         tensor = checkpoint.read_row(source.name, None)
         num_bytes = tensor.nbytes
-        sf = checkpoint.read_row(source.name + SCALE, None).float() if source.has_sf else None
+        sf = checkpoint.read_row(sf_name(source.name), None) if source.has_sf else None
+        sf = sf.float() if source.has_sf and not source.is_blocks else sf
         yield from zip(conversion.described, conversion.make(tensor, sf), strict=True)
         if progress is not None:
             progress(num_bytes)
@@ -245,7 +307,13 @@ def _source_bytes(checkpoint: Checkpoint, name: str) -> int:
 
 def _open_manifest(target: Path, weight_format: str) -> dict:
     path = target / MANIFEST_NAME
-    manifest = json.loads(path.read_text()) if path.is_file() else {"format": weight_format, "shards": {}}
+    manifest = {"format": weight_format, "shards": {}}
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text())
+            manifest = {"format": found["format"], "shards": dict(found["shards"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}); remove it and the shards beside it") from error
     if manifest["format"] != weight_format or (not path.is_file() and any(target.glob("*.safetensors"))):
         raise ValueError(f"DST {target} holds another checkpoint; give an empty directory, or remove it first")
     return manifest

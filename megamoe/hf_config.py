@@ -16,8 +16,13 @@ def moe_config_of(path: str | Path, weight_format: str = "fp8") -> MoEConfig:
     """
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
-    found = json.loads(path.read_text())
-    found = found.get("text_config", found)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give a model's config.json, or the directory it is in")
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy it again") from error
+    found = found.get("text_config", found) if isinstance(found, dict) else {}
 
     def first(*names: str) -> int:
         value = next((found[name] for name in names if isinstance(found.get(name), int)), None)

@@ -17,7 +17,8 @@ MODULES = {
     "megamoe.integrations.dense": ("load_without_experts",),
     "megamoe.integrations.dequantized": ("load_dequantized", "round_experts"),
     "megamoe.integrations.verify_model": ("verify_model",),
-    "megamoe.integrations.sglang": ("install", "run_mega_routed_experts"),
+    "megamoe.integrations.vllm": ("refusals", "MegaMoEPrepareAndFinalize", "MegaMoEExperts"),
+    "megamoe.integrations.sglang": ("refusals", "install", "run_mega_routed_experts", "get_moe_weights"),
 }
 """Beside the names of `megamoe.__all__`: what else is meant to be called, by module."""
 

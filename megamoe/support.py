@@ -29,6 +29,8 @@ def support(
     """
     if ep_size is None:
         ep_size = (ep_config.virtual_ranks if ep_config is not None else None) or 1
+    if ep_size < 1:
+        return Report(False, (f"ep_size={ep_size} must be at least 1; nearest legal value 1",))
     reasons = []
     redundant = 0 if ep_config is None else ep_config.num_redundant_slots_per_rank
     try:

@@ -8,6 +8,7 @@ from megamoe.config import BLOCK, EPConfig, MoEConfig
 from megamoe.layer import MoELayer
 from megamoe.quant.fp8 import E4M3
 from megamoe.workspace import Workspace
+from megamoe_cuda.gather import gather
 
 _workspaces: dict[tuple, Workspace] = {}
 
@@ -29,16 +30,33 @@ def close_workspaces() -> None:
     _workspaces.clear()
 
 
+def refuse_alike(what: str, reasons: list[str], group: dist.ProcessGroup | None) -> None:
+    """ValueError with all reasons on every rank of `group` where any rank has one: its peers would wait for it in the
+    workspace's constructor. Collective."""
+    texts = [reasons]
+    if group is not None and dist.get_world_size(group) > 1:
+        texts = gather(group, "refusals", reasons, EPConfig(1).arrive_deadline_s)
+    if any(texts):
+        told = "; ".join(dict.fromkeys(reason for of_rank in texts for reason in of_rank))
+        raise ValueError(f"megamoe cannot serve {what}: {told}")
+
+
+def block_fp8_reasons(linear1: Tensor, linear1_sf, linear2: Tensor, linear2_sf) -> list[str]:
+    """Why load_block_fp8 cannot take these, by the engines' names."""
+    return [
+        f"{name} is {weight.dtype}, its scale {sf if sf is None else sf.dtype}; megamoe serves e4m3 weights with one "
+        f"scale a {BLOCK} x {BLOCK} block: load a block-FP8 checkpoint"
+        for name, weight, sf in (("w13_weight", linear1, linear1_sf), ("w2_weight", linear2, linear2_sf))
+        if weight.dtype != E4M3 or sf is None
+    ]
+
+
 def load_block_fp8(layer: MoELayer, linear1: Tensor, linear1_sf: Tensor, linear2: Tensor, linear2_sf: Tensor) -> None:
     """Weights as vLLM and SGLang hold block-FP8 experts: gate rows then up rows, fp32 scale factors that multiply.
 
-    TypeError or ValueError names what is not so: the engine's argument then says which quantization it chose."""
-    for name, weight, sf in (("w13_weight", linear1, linear1_sf), ("w2_weight", linear2, linear2_sf)):
-        if weight.dtype != E4M3 or sf is None:
-            raise TypeError(
-                f"{name} is {weight.dtype}, its scale {sf if sf is None else sf.dtype}; megamoe serves e4m3 weights "
-                f"with one scale a {BLOCK} x {BLOCK} block: load a block-FP8 checkpoint"
-            )
+    ValueError names what is not so, in block_fp8_reasons' words."""
+    if reasons := block_fp8_reasons(linear1, linear1_sf, linear2, linear2_sf):
+        raise ValueError("; ".join(reasons))
     layer.load_weights(linear1, linear2, linear1_sf.float().contiguous(), linear2_sf.float().contiguous())
 
 

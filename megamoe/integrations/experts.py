@@ -40,7 +40,9 @@ def find_experts(model: nn.Module, weight_format: str) -> dict[str, Experts]:
     modules = dict(experts_modules(model))
     if not modules or not hasattr(model, "set_experts_implementation"):
         raise ValueError(f"model={type(model).__name__} has no MoE layer that transformers dispatches")
-    refused = {name: reasons for name, module in modules.items() if (reasons := refusals(module))}
+    refused = {
+        name: reasons for name, module in modules.items() if (reasons := refusals(module) + _adapters(model, name))
+    }
     if refused:
         lines = "\n".join(f"  - {name} ({type(modules[name]).__name__}): {'; '.join(r)}" for name, r in refused.items())
         raise ValueError(f"model={type(model).__name__} has experts that megamoe cannot serve:\n{lines}")
@@ -68,6 +70,16 @@ def refusals(module: nn.Module) -> list[str]:
     if _topk(module) is None:
         reasons.append(f"config has none of {', '.join(TOPK_FIELDS)}")
     return reasons
+
+
+def _adapters(model: nn.Module, name: str) -> list[str]:
+    """LoRA on an experts module: PEFT wraps it, once or more often, and adds to its weights in the wrapper's forward,
+    where a served model would leave it out without a word."""
+    holders = [module := model.get_submodule(name)]
+    while getattr(module := model.get_submodule(name := name.rpartition(".")[0]), "base_layer", None) is holders[-1]:
+        holders.append(module)
+    own = {name for holder in holders for name in (*holder._modules, *holder._parameters) if "lora" in name.lower()}
+    return [f"LoRA on experts ({', '.join(sorted(own))}); merge it first (PEFT: merge_and_unload)"] if own else []
 
 
 @torch.no_grad()

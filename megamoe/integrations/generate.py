@@ -5,6 +5,8 @@ number format's and which the kernel's: the same quantization in plain torch (me
 """
 
 import argparse
+import json
+import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,14 +16,14 @@ import torch.distributed as dist
 
 from megamoe.config import WEIGHT_FORMATS, EPConfig
 from megamoe.integrations.logits import eager_logits, logits_error, served_logits, serving_logits
-from megamoe.integrations.tiny import FAMILIES, save_tiny_model
+from megamoe.integrations.tiny import save_tiny_model, tiny_family
 from megamoe.integrations.transformers import Serving, enable
 from megamoe.ranks import RankInfo, init_process_group, rank_from_env
 
 EPILOG = """examples
   a model of 3 layers with random weights, made on the spot; CPU or GPU, whichever is there:
     python -m megamoe.integrations.generate --model tiny --prompt "To be or not"
-  a downloaded Qwen3-MoE, Mixtral or DeepSeek-V3 (bf16 or block-FP8 safetensors), one GPU:
+  a downloaded Qwen3-MoE, Mixtral, DeepSeek-V3 or gpt-oss (safetensors: bf16, block-FP8, MXFP4), one GPU:
     python -m megamoe.integrations.generate --model ./Qwen3-30B-A3B --prompt "The capital of France is"
   two GPUs (or two CPU ranks): half the experts and every second prompt on each:
     torchrun --nproc-per-node 2 -m megamoe.integrations.generate --model DIR --prompt A --prompt B --local-experts
@@ -58,12 +60,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     given.prompt = given.prompt or ["The quick brown fox", "Megamoe: "]
     if any(not text for text in given.prompt):
         parser.error("--prompt '' has no token to start from; give at least one character")
-    given.family = {"tiny": "qwen3_moe"}.get(given.model, given.model.removeprefix("tiny-"))
-    given.tiny = given.family in FAMILIES and given.model.startswith("tiny")
-    if not given.tiny and not Path(given.model).is_dir():
+    given.family = tiny_family(given.model)
+    if given.family is None and not Path(given.model).is_dir():
         parser.error(f"--model {given.model}: no such folder")
-    if given.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens {given.max_new_tokens} must be at least 1")
+    for name in ("max_new_tokens", "capacity"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(given, name)} must be at least 1")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device; use --device cpu or install a CUDA build of torch")
     if given.device == "auto":
         given.device = "cuda" if torch.cuda.is_available() else "cpu"
     if given.dtype == "auto":
@@ -74,15 +78,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table and the texts. Returns the exit status."""
+    """Prints the table and the texts. Exit status 2 where the model, or the request, cannot be served: why is on
+    stderr."""
     given = parse(argv)
+    try:
+        run(given)
+    except (ValueError, OSError) as error:
+        print(f"generate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(given: argparse.Namespace) -> None:
+    """What main does; its errors as they come."""
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     rank = rank_from_env()
     with ExitStack() as stack:
-        if given.tiny:  # one a rank, all alike; before the group exists: later, only rank 0 could save
+        if given.family is not None:  # one a rank, all alike; before the group exists: later, only rank 0 could save
             given.model = save_tiny_model(stack.enter_context(tempfile.TemporaryDirectory()), family=given.family)
         if rank.ep_size > 1 and not dist.is_initialized():
             init_process_group()
@@ -91,11 +106,13 @@ def main(argv: list[str] | None = None) -> int:
         device = torch.device("cuda", rank.local_rank) if given.device == "cuda" else torch.device("cpu")
         model = load(given, device)
         prompts = [tokenizer(text, return_tensors="pt")["input_ids"].to(device) for text in given.prompt]
+        if any(not ids.numel() for ids in prompts):
+            raise ValueError(f"--model {given.model}: its tokenizer makes no token of a prompt; are its files there?")
         capacity = given.capacity or max(ids.shape[1] for ids in prompts)
         how = {
             "ep_config": EPConfig(capacity),
             "weight_format": given.weight_format,
-            "checkpoint": given.model if given.local_experts else None,
+            "checkpoint": given.model if given.local_experts or is_quantized(given.model) else None,
         }
         mine = prompts[rank.ep_rank :: rank.ep_size]
         num_rounds = -(-len(prompts) // rank.ep_size)
@@ -113,7 +130,6 @@ def main(argv: list[str] | None = None) -> int:
                     prompt = given.prompt[rank.ep_rank + i * rank.ep_size]
                     tell(rank, f"{prompt!r} -> {tokenizer.decode(new, skip_special_tokens=True)!r}")
             serving.check()
-    return 0
 
 
 def load(given: argparse.Namespace, device: torch.device):
@@ -123,9 +139,19 @@ def load(given: argparse.Namespace, device: torch.device):
         from megamoe.integrations.dense import load_without_experts
 
         return load_without_experts(given.model, dtype=dtype, device=device)
+    if is_quantized(given.model):  # for eager; transformers' own quantizers want further packages, and GPUs
+        from megamoe.integrations.dequantized import load_dequantized
+
+        return load_dequantized(given.model, dtype=dtype, device=device)
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype).to(device).eval()
+
+
+def is_quantized(path: str | Path) -> bool:
+    """Whether a checkpoint's experts are block-FP8 or MXFP4: these are served as they are in the files."""
+    config = Path(path) / "config.json"
+    return config.is_file() and "quantization_config" in json.loads(config.read_text())
 
 
 def tell(rank: RankInfo, text: str) -> None:

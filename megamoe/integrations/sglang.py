@@ -17,11 +17,19 @@ import torch
 from torch import Tensor
 
 from megamoe.config import MoEConfig
-from megamoe.integrations.engine_layers import load_block_fp8, shared_workspace
+from megamoe.integrations.engine_layers import block_fp8_reasons, load_block_fp8, refuse_alike, shared_workspace
 from megamoe.layer import MoELayer
 from megamoe.support import support
 
 NAME = "_megamoe_layer"
+RUNNER = {  # fields of moe_runner_config: what the adapter serves, and why nothing else
+    "activation": ("silu", "only 'silu' has an adapter"),
+    "is_gated": (True, "experts without a gate"),
+    "apply_router_weight_on_input": (False, "megamoe applies router weights after the gate"),
+    "no_combine": (False, "the layer combines"),
+    "gemm1_alpha": (None, "gpt-oss's gating has no adapter"),
+    "gemm1_clamp_limit": (None, "gpt-oss's gating has no adapter; DeepSeek's clamp is swiglu_limit"),
+}
 
 
 def refusals(hidden_size: int, intermediate_size: int, num_experts: int, top_k: int, ep_size: int) -> list[str]:
@@ -33,11 +41,31 @@ def refusals(hidden_size: int, intermediate_size: int, num_experts: int, top_k: 
     return list(support(config, ep_size=ep_size).reasons)
 
 
+def _reasons_of(experts, ep_size: int) -> list[str]:
+    """As refusals, of an experts module with its weights."""
+    w13, w2, runner = experts.w13_weight.data, experts.w2_weight.data, experts.moe_runner_config
+    reasons = refusals(w13.shape[2], w13.shape[1] // 2, experts.num_experts, experts.top_k, ep_size)
+    for name, (served, why) in RUNNER.items():
+        if (given := getattr(runner, name, served)) != served:
+            reasons.append(f"moe_runner_config.{name}={given!r}: {why}")
+    if (dtype := getattr(runner, "params_dtype", None)) not in (None, torch.bfloat16):
+        reasons.append(f"moe_runner_config.params_dtype={dtype}: the layer takes and returns bfloat16")
+    for name in ("w13_weight_bias", "w2_weight_bias"):
+        if getattr(experts, name, None) is not None:
+            reasons.append(f"{name}: the adapter hands no expert biases on")
+    held = vars(experts) | getattr(experts, "_parameters", {}) | getattr(experts, "_modules", {})
+    lora = [n for n, value in held.items() if "lora" in n.lower() and isinstance(value, Tensor | torch.nn.Module)]
+    if lora:
+        reasons.append(f"{', '.join(lora)}: LoRA on experts")
+    scales = (getattr(experts, name, None) for name in ("w13_weight_scale_inv", "w2_weight_scale_inv"))
+    return reasons + block_fp8_reasons(w13, next(scales), w2, next(scales))
+
+
 def build_sm90_mega_moe_experts_weights(experts) -> None:
     """Pack an experts module's w13_weight and w2_weight, once. Collective over SGLang's MoE EP group.
 
     experts: with top_k, num_experts (physical, all ranks), w13_weight, w2_weight and their weight_scale_inv, and
-    moe_runner_config.swiglu_limit. ValueError with all reasons if megamoe cannot serve them.
+    moe_runner_config.swiglu_limit. ValueError on all ranks with all reasons if megamoe cannot serve them.
     """
     if getattr(experts, "_mega_moe_weights_built", False):
         return
@@ -45,17 +73,14 @@ def build_sm90_mega_moe_experts_weights(experts) -> None:
     from sglang.srt.runtime_context import get_parallel
 
     w13, w2 = experts.w13_weight.data, experts.w2_weight.data
-    hidden, intermediate = w13.shape[2], w13.shape[1] // 2
-    ep_size = experts.num_experts // w13.shape[0]
-    reasons = refusals(hidden, intermediate, experts.num_experts, experts.top_k, ep_size)
-    runner = experts.moe_runner_config
-    if getattr(runner, "activation", "silu") != "silu":
-        reasons.append(f"moe_runner_config.activation={runner.activation!r}: only 'silu' has an adapter")
-    if reasons:
-        raise ValueError("megamoe cannot serve these experts: " + "; ".join(reasons))
-    config = MoEConfig(hidden, intermediate, experts.num_experts, experts.top_k, swiglu_limit=runner.swiglu_limit)
+    group = get_parallel().moe_ep_group.device_group
+    refuse_alike("these experts", _reasons_of(experts, experts.num_experts // w13.shape[0]), group)
+    config = MoEConfig(
+        w13.shape[2], w13.shape[1] // 2, experts.num_experts, experts.top_k,
+        swiglu_limit=experts.moe_runner_config.swiglu_limit,
+    )  # fmt: skip
     capacity = envs.SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK.get()
-    workspace = shared_workspace(config, capacity, get_parallel().moe_ep_group.device_group, w13.device)
+    workspace = shared_workspace(config, capacity, group, w13.device)
     layer = MoELayer(config, workspace)
     load_block_fp8(layer, w13, experts.w13_weight_scale_inv.data, w2, experts.w2_weight_scale_inv.data)
     experts.__dict__[NAME] = layer  # not a submodule: SGLang walks an experts module's parameters

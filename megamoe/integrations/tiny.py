@@ -27,9 +27,13 @@ FAMILIES = {
                            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
 }  # fmt: skip
 """Family -> (prefix of its transformers classes, what its configuration has besides COMMON)."""
-
-
 ROUTERS = ("gate.weight", "router.weight")
+
+
+def tiny_family(name: str) -> str | None:
+    """The family that `--model tiny`, `tiny-mixtral`, ... mean; None for anything else."""
+    family = {"tiny": "qwen3_moe"}.get(name, name.removeprefix("tiny-"))
+    return family if name.startswith("tiny") and family in FAMILIES else None
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -60,9 +64,7 @@ def tiny_model(family: str = "qwen3_moe", seed: int = 0, **changes) -> torch.nn.
         model = getattr(transformers, f"{FAMILIES[family][0]}ForCausalLM")(tiny_config(family, **changes)).eval()
         with torch.no_grad():
             for name, value in [*model.named_parameters(), *model.named_buffers()]:
-                if name.endswith(("bias", "sinks")) or (
-                    name.endswith(("gate.weight", "router.weight")) and not value.any()
-                ):
+                if name.endswith(("bias", "sinks")) or (name.endswith(ROUTERS) and not value.any()):
                     value.normal_(std=0.05)
     return model
 

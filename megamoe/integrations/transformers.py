@@ -70,6 +70,7 @@ def enable(
     ep_config      capacity and deadlines; default EPConfig(num_max_tokens_per_rank=4096). A forward with more tokens
                    (batch x sequence) on a rank than the capacity is refused
     weight_format  "fp8": weights by 128x128 block, activations by 128 of K, in e4m3; the layer takes and returns bf16.
+                   "mxfp4": weights in e2m1 with a power of two for 32 of K, activations as for "fp8".
                    "bf16" (CPU only): unquantized, in the dtype of the model, fp32 included
     checkpoint     None: weights come from the module's parameters, and follow them when they change. A path: this
                    rank's experts are read from there, the module's parameters are left alone and may be on meta
@@ -85,26 +86,30 @@ def enable(
 
     Returns a Serving, also usable as a context manager. Raises ValueError if the model has no MoE layer, or one that
     cannot be served (all reasons listed), or is enabled already; CheckpointError that lists all that is wrong with all
-    layers' tensors. Nothing of the model is changed when it raises.
+    layers' tensors. Nothing of the model is changed when it raises; where one rank refuses, all do, with its reason.
     """
-    held = None
-    if isinstance(model, str | Path):
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        checkpoint = checkpoint or Checkpoint(model)
-        model = held = load_without_experts(model, dtype=torch.bfloat16, device=device)
-    if model in _SERVINGS:
-        raise ValueError("model: its experts are served by megamoe already; call disable(model) first")
-    if ep_config is not None and workspace is not None:
-        raise ValueError("ep_config: the workspace has one already; pass either workspace or ep_config")
-    ep_config = workspace.ep_config if workspace else ep_config or EPConfig(DEFAULT_CAPACITY)
-    if ep_config.virtual_ranks is not None:
-        raise ValueError(f"ep_config.virtual_ranks={ep_config.virtual_ranks}: a model is one rank; leave it None")
-    if spec and workspace is not None:
-        raise ValueError("workspace: steps.py uses none; leave it out with spec=True")
+    if not isinstance(ep_config, EPConfig | None):
+        raise TypeError(f"ep_config={ep_config!r} must be an EPConfig, such as EPConfig(num_max_tokens_per_rank=4096)")
     group = workspace.group if workspace else group
     ep_size, ep_rank = _placement(group)
-    source, found, shared, problem = None, {}, {}, None
+    source, found, shared, held, problem = None, {}, {}, None, None
+    given, ep_config = ep_config, workspace.ep_config if workspace else ep_config or EPConfig(DEFAULT_CAPACITY)
     try:
+        if given is not None and workspace is not None:
+            raise ValueError("ep_config: the workspace has one already; pass either workspace or ep_config")
+        if ep_config.virtual_ranks is not None:
+            raise ValueError(f"ep_config.virtual_ranks={ep_config.virtual_ranks}: a model is one rank; leave it None")
+        if spec and workspace is not None:
+            raise ValueError("workspace: steps.py uses none; leave it out with spec=True")
+        if isinstance(model, str | Path):
+            on_cuda = torch.cuda.is_available()
+            checkpoint = checkpoint or Checkpoint(model)
+            model = held = load_without_experts(
+                model, dtype=torch.bfloat16,
+                device=torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu"),
+            )  # fmt: skip
+        if model in _SERVINGS:
+            raise ValueError("model: its experts are served by megamoe already; call disable(model) first")
         found = find_experts(model, weight_format)
         shared = find_shared(model, found) if fold_shared_experts else {}
         for name, (_, count) in shared.items():

@@ -199,8 +199,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--json", action="store_true", help="one JSON object a row")
     given = parser.parse_args(argv)
+    for name in ("positions", "sequence"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name} {getattr(given, name)} must be at least 1")
     if given.device == "auto":
         given.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device; use --device cpu or install a CUDA build of torch")
     if given.dtype == "auto":
         given.dtype = "bfloat16" if given.device == "cuda" else "float32"
     return given
@@ -208,11 +213,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def load(given: argparse.Namespace) -> nn.Module:
     """The model with plain experts, whatever its files hold."""
-    from megamoe.integrations.tiny import FAMILIES, tiny_model
+    from megamoe.integrations.tiny import tiny_family, tiny_model
 
     dtype = getattr(torch, given.dtype)
-    family = {"tiny": "qwen3_moe"}.get(given.model, given.model.removeprefix("tiny-"))
-    if given.model.startswith("tiny") and family in FAMILIES:
+    if (family := tiny_family(given.model)) is not None:
         return tiny_model(family).to(given.device, dtype)
     if not Path(given.model).is_dir():
         raise ValueError(f"--model {given.model}: no such folder")
@@ -224,9 +228,11 @@ def tokens(given: argparse.Namespace, model: nn.Module) -> list[Tensor]:
     if given.text:
         from transformers import AutoTokenizer
 
-        flat = AutoTokenizer.from_pretrained(given.model)(Path(given.text).read_text(), return_tensors="pt")[
-            "input_ids"
-        ][0]
+        from megamoe.integrations.tiny import byte_tokenizer, tiny_family
+
+        text = Path(given.text).read_text()
+        tokenizer = byte_tokenizer() if tiny_family(given.model) else AutoTokenizer.from_pretrained(given.model)
+        flat = tokenizer(text, return_tensors="pt")["input_ids"][0]
         if len(flat) < given.positions:
             raise ValueError(f"--text {given.text} has {len(flat)} tokens, fewer than --positions {given.positions}")
     else:
@@ -252,6 +258,8 @@ def main(argv: list[str]) -> int:
               f"{'served':>10} {'top-1 floor':>12}{'served':>8}")  # fmt: skip
     for row in rows:
         print(json.dumps(row) if given.json else _line(row), flush=True)
+    if all("not_run" in row for row in rows):
+        return 2
     return int(any(map(_has_failed, rows)))
 
 

@@ -10,7 +10,7 @@ Two things that differ from other experts. The layer sends tokens itself, so top
 back reduced. And every rank must call it even without tokens: vLLM's kernel leaves apply() out at M = 0 but still calls
 finalize(), which then takes part with none.
 EPLB: `get_expert_weights()` gives rows that vLLM may permute in place; topk_ids are physical ids, as its router maps
-them.
+them while it adds to `expert_load_view`, which needs nothing of the experts.
 """
 
 import torch
@@ -25,7 +25,13 @@ except ImportError as error:
     raise ImportError(f"megamoe.integrations.vllm needs vLLM with its modular MoE kernel ({error})") from error
 
 from megamoe.config import MoEConfig
-from megamoe.integrations.engine_layers import check_linear_map, load_block_fp8, shared_workspace
+from megamoe.integrations.engine_layers import (
+    block_fp8_reasons,
+    check_linear_map,
+    load_block_fp8,
+    refuse_alike,
+    shared_workspace,
+)
 from megamoe.layer import MoELayer
 from megamoe.support import support
 
@@ -148,12 +154,19 @@ class MegaMoEExperts(mk.FusedMoEExpertsModular):
         return True  # combine adds in slot order
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Packs w13_weight and w2_weight of vLLM's layer; they are not needed after that."""
+        """Packs w13_weight and w2_weight of vLLM's layer; they are not needed after that. ValueError on all ranks if
+        one has other than block-FP8 weights, or an expert_map that is not linear."""
         w13, w2 = layer.w13_weight.data, layer.w2_weight.data
         if self.layer is None:
-            workspace = shared_workspace(
-                _config(self.moe_config), self.moe_config.max_num_tokens, get_ep_group().device_group, w13.device
-            )
+            reasons, group = block_fp8_reasons(w13, self.w1_scale, w2, self.w2_scale), get_ep_group().device_group
+            parallel = self.moe_config.moe_parallel_config
+            try:
+                expert_map = getattr(layer, "expert_map", None)
+                check_linear_map(expert_map, self.moe_config.num_experts, parallel.ep_rank, parallel.ep_size)
+            except ValueError as error:
+                reasons.append(str(error))
+            refuse_alike("this layer", reasons, group)
+            workspace = shared_workspace(_config(self.moe_config), self.moe_config.max_num_tokens, group, w13.device)
             self.layer = MoELayer(_config(self.moe_config), workspace)
         load_block_fp8(self.layer, w13, self.w1_scale, w2, self.w2_scale)
 

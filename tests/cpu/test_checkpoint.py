@@ -9,6 +9,7 @@ import torch
 
 from megamoe.checkpoint import Checkpoint, CheckpointError, load_experts
 from megamoe.config import MoEConfig
+from megamoe.quant import mxfp4
 from megamoe.quant.fp8 import dequantize_blocks, quantize_blocks
 from tests.cpu.peak_memory import needs_proc, peaks
 
@@ -86,6 +87,22 @@ def test_plain_weights_are_quantized_by_block_on_the_way(tmp_path):
     ):
         expected = quantize_blocks(whole)
         assert torch.equal(values.float(), expected.values.float()) and torch.equal(sf, expected.sf)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "block-FP8"])
+def test_weights_are_quantized_to_mxfp4_on_the_way(tmp_path, fp8):
+    tensors, local = make_tensors(fp8), range(1, 3)
+    save(tmp_path, tensors)
+    weights = load_experts(tmp_path, 0, local, config=config("mxfp4"))
+    plain = stacked(tensors, local)
+    if fp8:
+        sf = stacked(tensors, local, "weight_scale_inv")
+        plain = [dequantize_blocks(values.contiguous(), s.contiguous()) for values, s in zip(plain, sf, strict=True)]
+    for (codes, sf), whole in zip(
+        [(weights.linear1, weights.linear1_sf), (weights.linear2, weights.linear2_sf)], plain, strict=True
+    ):
+        expected = mxfp4.quantize(whole)
+        assert torch.equal(codes, expected.codes) and torch.equal(sf, expected.sf)
 
 
 @pytest.mark.parametrize("sf_dtype", [torch.float32, torch.bfloat16])
@@ -195,5 +212,5 @@ def test_peak_memory_is_the_local_weights_and_one_expert(tmp_path, stacked_exper
         shapes = {f"{PREFIX}.gate_up_proj": (16, 1024, 2048), f"{PREFIX}.down_proj": (16, 1024, 1024)}
     save(tmp_path, {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()})
     expert_bytes = 3 * 1024 * 1024 * 2
-    for peak, local_bytes in peaks(tmp_path, ("fp8", "bf16")):
+    for peak, local_bytes in peaks(tmp_path, ("fp8", "bf16", "mxfp4")):
         assert local_bytes <= peak <= local_bytes + expert_bytes + 2**20

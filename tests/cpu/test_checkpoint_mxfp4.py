@@ -93,6 +93,45 @@ def test_what_is_loaded_is_written_back_bit_for_bit(tmp_path, sizes, num_experts
         checkpoint_tensors(weights._replace(linear1=torch.zeros(1), linear2=torch.zeros(1)), PREFIX, sizes)
 
 
+@pytest.mark.parametrize("in_shards", [False, True], ids=["one file", "shards"])
+def test_convert_gives_bf16_of_published_blocks_and_takes_them_back(tmp_path, in_shards):
+    tensors = make_tensors(NARROW)
+    for name in ("src", "bf16", "again", "copied", "bad"):
+        (tmp_path / name).mkdir()
+    save(tmp_path / "src", tensors, in_shards)
+    (tmp_path / "src" / "config.json").write_text('{"quantization_config": {"quant_method": "mxfp4"}}')
+    assert cli(["convert", str(tmp_path / "src"), str(tmp_path / "bf16"), "--format", "bf16"]) == 0
+    assert json.loads((tmp_path / "bf16" / "config.json").read_text()) == {}
+    config, local = config_of(NARROW, "bf16"), range(NUM_EXPERTS)
+    plain, read = (load_experts(tmp_path / d, 0, local, config=config, sizes=NARROW) for d in ("bf16", "src"))
+    assert all(a is b or torch.equal(a, b) for a, b in zip(plain, read, strict=True))
+    found = Checkpoint(tmp_path / "bf16")
+    assert found.describe(f"{PREFIX}.gate_up_proj").shape == (NUM_EXPERTS, NARROW[0], 2 * NARROW[1])
+    assert not any(name.endswith(("_blocks", "_scales")) for name in found.names)
+    assert cli(["convert", str(tmp_path / "src"), str(tmp_path / "copied"), "--format", "mxfp4"]) == 0
+    copied = Checkpoint(tmp_path / "copied")
+    assert {name: t.tolist() for name, t in copied.read(copied.names)} == {n: t.tolist() for n, t in tensors.items()}
+    assert cli(["convert", str(tmp_path / "bf16"), str(tmp_path / "again"), "--format", "bf16"]) == 0  # cast: no change
+
+
+def test_convert_lists_what_is_wrong_with_blocks(tmp_path, capsys):
+    tensors = make_tensors(NARROW)
+    del tensors[f"{PREFIX}.down_proj_scales"]
+    tensors[f"{PREFIX}.gate_up_proj_scales"] = torch.zeros(1, dtype=torch.uint8)
+    save(tmp_path, tensors)
+    assert cli(["convert", str(tmp_path), str(tmp_path / "dst"), "--format", "bf16"]) == 1
+    said = capsys.readouterr().err
+    assert "2 problems" in said and f"missing: {PREFIX}.down_proj_scales" in said
+    assert f"misshapen: {PREFIX}.gate_up_proj_scales is U8 [1], its blocks need U8 [4, 320, 6]" in said
+    tensors = make_tensors(NARROW)
+    tensors[f"{PREFIX}.down_proj_scales"][1, 2, 3] = 255
+    save(tmp_path, tensors)
+    assert cli(["convert", str(tmp_path), str(tmp_path / "dst"), "--format", "bf16"]) == 1
+    assert f"{PREFIX}.down_proj_scales has a scale factor of 255, which is NaN" in capsys.readouterr().err
+    assert cli(["convert", str(tmp_path), str(tmp_path / "fp8"), "--format", "fp8"]) == 1
+    assert "no published FP8 layout has" in capsys.readouterr().err
+
+
 def test_padding_is_zero_and_the_layer_takes_it(tmp_path):
     pytest.importorskip("transformers", reason="not run: transformers is not installed")
     from megamoe.integrations.dequantized import dequantized
@@ -191,6 +230,8 @@ def test_peak_memory_is_the_local_weights_and_less_than_one_plain_expert(tmp_pat
 
 def test_a_small_gpt_oss_is_served_from_its_blocks(tmp_path):
     pytest.importorskip("transformers", reason="not run: transformers is not installed")
+    from transformers import AutoModelForCausalLM
+
     from megamoe.integrations.dense import load_without_experts
     from megamoe.integrations.dequantized import load_dequantized
     from megamoe.integrations.logits import eager_logits, logits_error, served_logits
@@ -209,11 +250,14 @@ def test_a_small_gpt_oss_is_served_from_its_blocks(tmp_path):
         assert torch.equal(made[f"{PREFIX}.{part}_blocks"].flatten(2), codes)
     assert all(torch.equal(made[n], t) for n, t in plain.items() if not n.endswith(("gate_up_proj", "down_proj")))
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "mxfp4"
-    assert cli(["convert", str(folder), str(tmp_path / "back"), "--format", "bf16"]) == 1
+    assert cli(["convert", str(folder), str(tmp_path / "back"), "--format", "bf16"]) == 0
     qwen = save_tiny_model(tmp_path / "qwen", family="qwen3_moe")
     assert cli(["convert", str(qwen), str(tmp_path / "none"), "--format", "mxfp4"]) == 1
     model = load_dequantized(folder, dtype=torch.float32)
     eager = eager_logits(model, ids)
+    # Values of MXFP4 are exact in bf16: transformers' own loader reads the same model from the converted files
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
+    assert torch.equal(eager_logits(back, ids), eager)
     light = load_without_experts(folder, dtype=torch.float32)
     exact = logits_error(served_logits(light, ids, weight_format="bf16", checkpoint=folder), eager)
     served = logits_error(served_logits(light, ids, weight_format="mxfp4", checkpoint=folder), eager)

@@ -142,6 +142,26 @@ def test_one_error_lists_all_that_is_wrong_and_nothing_is_written(tmp_path, caps
     assert main(["convert", str(tmp_path / "fp8"), str(tmp_path / "fp8"), "--format", "bf16"]) == 1
 
 
+def test_a_layout_without_a_place_in_the_format_is_one_line_and_directories_are_looked_at(tmp_path, capsys):
+    make_source(tmp_path / "src")
+    with pytest.raises(CheckpointError, match=r"experts\.0\.down_proj\.weight and 8 more: one expert, and MXFP4") as e:
+        convert(tmp_path / "src", tmp_path / "dst", "mxfp4")
+    assert len(e.value.problems) == 1
+    (tmp_path / "file").write_text("")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "convert.json").write_text("[]")
+    shard = next((tmp_path / "src").glob("*-00001-*"))
+    for source, target, said in (
+        ("src", "file", "DST .*: source and destination must be two directories"),
+        ("src", "damaged", r"convert\.json is damaged \(.*; remove it"), (shard.name, "dst", "SRC .* is a file"),
+    ):  # fmt: skip
+        source = tmp_path / "src" / source if source != "src" else tmp_path / "src"
+        with pytest.raises(ValueError, match=said):
+            convert(source, tmp_path / target, "fp8")
+    assert main(["convert", str(tmp_path / "src"), str(tmp_path / "damaged"), "--format", "fp8"]) == 1
+    assert "damaged" in capsys.readouterr().err
+
+
 def test_progress_ends_at_the_whole_and_is_silent_where_nobody_looks(capsys):
     for shown in (True, False, None):
         with Progress("experts", 10_000_000, shown) as progress:

@@ -108,10 +108,22 @@ def test_sglang_refuses_by_name_what_it_cannot_do(sglang):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=reason):
             sglang.run_mega_routed_experts(experts, x, topk_idx, topk_weights, **(sizes | change))
-    gelu = experts_of()
-    gelu.moe_runner_config.activation = "gelu"
-    with pytest.raises(ValueError, match=r"moe_runner_config\.activation='gelu'"):
-        sglang.build_sm90_mega_moe_experts_weights(gelu)
+    for field, value, reason in (
+        ("activation", "gelu", "'gelu': only 'silu'"), ("gemm1_alpha", 1.702, "1.702: gpt-oss"),
+        ("gemm1_clamp_limit", 7.0, "7.0: gpt-oss"), ("is_gated", False, "False: experts without a gate"),
+        ("apply_router_weight_on_input", True, "True: megamoe applies"), ("no_combine", True, "True: the layer"),
+        ("params_dtype", torch.float16, "torch.float16: the layer takes"),
+    ):  # fmt: skip
+        other = experts_of()
+        setattr(other.moe_runner_config, field, value)
+        with pytest.raises(ValueError, match=f"moe_runner_config.{field}={reason}"):
+            sglang.build_sm90_mega_moe_experts_weights(other)
+    other = experts_of()
+    other.w13_weight = torch.nn.Parameter(other.w13_weight.bfloat16(), requires_grad=False)
+    other.w2_weight_bias, other.w13_lora_a, other.enable_lora = torch.zeros(1), torch.zeros(1), False
+    with pytest.raises(ValueError, match=r"w2_weight_bias: .*biases on; w13_lora_a: LoRA.*; w13_weight is torch.bf"):
+        sglang.build_sm90_mega_moe_experts_weights(other)
+    assert not sglang.is_mega_moe_experts_ready(other)
     assert sglang.refusals(2880, 2880, 128, 4, 8) == ["hidden=2880 must be a multiple of 128; nearest 2816, 2944"]
 
 

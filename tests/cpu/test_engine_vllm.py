@@ -213,6 +213,34 @@ def test_vllm_eplb_moves_expert_rows_and_physical_ids_follow(vllm):
     assert torch.equal(y, expected(experts.weights, x, logical, topk_weights))
 
 
+def map_to_physical_and_record(topk_ids, physical_of, num_replicas, load_view):
+    """What vLLM's router does before the kernel: a replica for each id by its place, counted in the load view."""
+    ids = topk_ids.long()
+    replica = torch.arange(ids.numel()).view(ids.shape) % num_replicas[ids]
+    physical = physical_of[ids].gather(-1, replica[..., None])[..., 0]
+    load_view.index_add_(0, physical.flatten(), torch.ones(physical.numel(), dtype=load_view.dtype))
+    return physical.to(topk_ids.dtype)
+
+
+def test_vllm_replicas_serve_physical_ids_and_the_load_view_is_what_they_served(vllm):
+    # Six logical experts in eight slots: 0 and 3 have a replica each
+    held = torch.tensor([0, 1, 2, 3, 4, 5, 3, 0])
+    physical_of, num_replicas = torch.full((6, 2), -1), torch.bincount(held)
+    for logical in range(6):
+        slots = (held == logical).nonzero()[:, 0]
+        physical_of[logical, : len(slots)] = slots
+    experts = experts_of()
+    kernel, load_view = vllm_kernel(vllm, experts), torch.zeros(NUM_EXPERTS, dtype=torch.int32)
+    permute_experts(kernel.fused_experts.get_expert_weights(), held.tolist())
+    for num_tokens in (16, 0, 31):
+        x, logical, topk_weights = tokens(num_tokens, num_tokens)
+        logical = logical % 6
+        physical = map_to_physical_and_record(logical, physical_of, num_replicas, load_view)
+        y = kernel.apply(x, experts.w13_weight, experts.w2_weight, physical, topk_weights)
+        assert torch.equal(y, expected(experts.weights, x, logical, topk_weights))
+    assert load_view.all() and torch.equal(kernel.fused_experts.layer.load_counts().physical, load_view.long())
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -248,8 +276,12 @@ def test_vllm_wrong_maps_weights_and_calls_are_refused_by_name(vllm):
         kernel.apply(*tokens(65)[:1], *arguments[1:3], *tokens(65)[1:])
     plain = experts_of()
     plain.w13_weight = torch.nn.Parameter(torch.zeros(8, 256, 256, dtype=torch.bfloat16), requires_grad=False)
-    with pytest.raises(TypeError, match=r"w13_weight is torch\.bfloat16.*load a block-FP8 checkpoint"):
+    plain.expert_map = round_robin
+    with pytest.raises(ValueError, match=r"w13_weight is torch\.bfloat16.*load a block-FP8 checkpoint; expert_map is"):
         vllm_kernel(vllm, plain)
+    plain = experts_of()
+    plain.expert_map = torch.arange(NUM_EXPERTS, dtype=torch.int32)
+    vllm_kernel(vllm, plain)
     supports = vllm.MegaMoEExperts._supports_quant_scheme
     assert supports("static 128x128", "dynamic 1x128") and not supports(None, None)
 

@@ -214,7 +214,7 @@ def rank_main(folders: list[str]) -> None:
         _two_ranks_in_lockstep(folder)
         prompts = [word for text in ("hello", "Mega", "a") for word in ("--prompt", text)]
         how = ["--max-new-tokens", "3", "--device", "cpu", "--local-experts", "--no-compare"]
-        generate.main(["--model", folder, *prompts, *how])
+        assert generate.main(["--model", folder, *prompts, *how]) == 0
 
 
 def test_capacity_is_that_of_tokens_not_of_padded_sizes(saved):
@@ -247,6 +247,25 @@ def test_a_converted_checkpoint_serves_what_quantizing_while_loading_does(saved,
     assert torch.equal(served_logits(model, IDS, weight_format="fp8", checkpoint=tmp_path / "fp8"), expected)
     assert is_fp8(tmp_path / "fp8") and not is_fp8(saved[family])
     assert cli(["convert", str(saved["gpt_oss"]), str(tmp_path / "oss"), "--format", "fp8"]) == 1
+
+
+@pytest.mark.parametrize("family, weight_format", [("deepseek_v3", "fp8"), ("gpt_oss", "mxfp4")])
+def test_generate_takes_a_quantized_checkpoint_and_serves_its_bytes(saved, family, weight_format, tmp_path, capsys):
+    assert cli(["convert", str(saved[family]), str(tmp_path / "dst"), "--format", weight_format]) == 0
+    arguments = ["--prompt", "hello", "--max-new-tokens", "2", "--device", "cpu", "--weight-format", weight_format]
+    capsys.readouterr()
+    assert generate.main(["--model", str(tmp_path / "dst"), *arguments]) == 0
+    whole = capsys.readouterr().out.splitlines()
+    assert 0 < float(next(line for line in whole if "megamoe against eager" in line).split()[-3]) < 0.1
+    assert generate.main(["--model", str(tmp_path / "dst"), *arguments, "--local-experts"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == whole[-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mxfp4_from_files_is_mxfp4_from_parameters(saved, family):
+    model = tiny_model(family)  # gpt-oss's sizes are padded, its gate and up rows alternate
+    expected = served_logits(model, IDS, weight_format="mxfp4")
+    assert torch.equal(served_logits(model, IDS, weight_format="mxfp4", checkpoint=saved[family]), expected)
 
 
 def is_fp8(path) -> bool:

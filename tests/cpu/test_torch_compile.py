@@ -198,6 +198,20 @@ def test_sizes_come_from_a_models_config_json(tmp_path, model):
     assert moe_config_of(tmp_path) == moe_config_of(tmp_path / "config.json") == expected
 
 
+def test_what_is_no_moe_models_config_is_refused_by_name(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    for text, ep_size, said in (
+        (None, "1", "config.json does not exist; give a model's config.json"), ("{", "1", "config.json is damaged"),
+        ("[]", "1", "describes no mixture-of-experts model"), ('{"hidden_size": 64}', "1", "has none of moe_inter"),
+        ('{"hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}', "0",
+         "ep_size=0 must be at least 1"),
+    ):  # fmt: skip
+        if text is not None:
+            path.write_text(text)
+        assert main(["compile", "--config", str(path), "--ep-size", ep_size]) == 2, text
+        assert said in capsys.readouterr().err
+
+
 def test_compile_builds_only_what_a_model_can_choose(tmp_path, capsys, monkeypatch):
     from megamoe import verbs
 

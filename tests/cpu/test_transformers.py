@@ -24,6 +24,7 @@ from megamoe import EPConfig, steps
 from megamoe.checkpoint import Checkpoint, CheckpointError
 from megamoe.integrations import generate
 from megamoe.integrations.dense import load_without_experts
+from megamoe.integrations.engine_layers import refuse_alike
 from megamoe.integrations.logits import eager_logits, logits_error, served_logits
 from megamoe.integrations.tiny import byte_tokenizer, save_tiny_model, tiny_config
 from megamoe.integrations.transformers import disable, enable
@@ -248,9 +249,36 @@ def test_models_that_cannot_be_served_are_refused_with_every_reason():
         enable(Qwen3ForCausalLM(Qwen3Config(**sizes)))
 
 
+class LoRAWrapper(torch.nn.Module):
+    """The form of PEFT's: what it wraps in `base_layer`, its matrices beside it."""
+
+    def __init__(self, base_layer: torch.nn.Module):
+        super().__init__()
+        self.base_layer, self.lora_A = base_layer, torch.nn.ModuleDict({"default": torch.nn.Linear(4, 4)})
+
+    def forward(self, *inputs):
+        return self.base_layer(*inputs)
+
+
+def test_lora_on_experts_is_refused_and_on_attention_is_not(model):
+    mlp, attention = model.model.layers[1].mlp, model.model.layers[0].self_attn
+    attention.q_proj = LoRAWrapper(attention.q_proj)
+    enable(model).close()
+    mlp.experts = LoRAWrapper(LoRAWrapper(mlp.experts))  # a wrapper for each of two parameters
+    with pytest.raises(ValueError, match=r"LoRA on experts \(lora_A\); merge it first") as told:
+        enable(model)
+    assert "layers.1" in str(told.value) and "layers.0" not in str(told.value)
+    mlp.experts = mlp.experts.base_layer.base_layer
+    mlp.experts.lora_B = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match=r"LoRA on experts \(lora_B\)"):
+        enable(model)
+
+
 def test_sizes_and_arguments_that_do_not_fit_are_refused(checkpoint, model):
     with pytest.raises(ValueError, match="topk=17 must be between 1 and 16"):
         enable(AutoModelForCausalLM.from_config(tiny_config(num_experts=32, num_experts_per_tok=17)))
+    with pytest.raises(TypeError, match=r"ep_config=64 must be an EPConfig"):
+        enable(model, ep_config=64)
     with pytest.raises(ValueError, match="virtual_ranks=2"):
         enable(model, ep_config=EPConfig(8, virtual_ranks=2))
     with pytest.raises(ValueError, match="float16; convert the model"):
@@ -294,6 +322,11 @@ def test_generate_script_prints_errors_and_text(capsys):
     with pytest.raises(SystemExit):
         generate.main(["--help"])
     assert "torchrun" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        generate.main(["--capacity", "0"])
+    assert "--capacity 0 must be at least 1" in capsys.readouterr().err
+    assert generate.main(["--prompt", "hello", "--capacity", "3", "--device", "cpu"]) == 2
+    assert "generate: model.layers.0.mlp.experts: num_tokens=5" in capsys.readouterr().err
 
 
 def test_two_ranks_with_their_own_prompts_give_what_one_process_gives(model, checkpoint, tmp_path, capsys):
@@ -322,11 +355,18 @@ def rank_main(checkpoint: str, out: str) -> None:
     rank = init_process_group()
     model = load_without_experts(checkpoint, dtype=torch.float32)
     # What one rank cannot do is refused on both
+    for what, path in ((model, checkpoint if rank.ep_rank == 0 else out), (checkpoint if rank.ep_rank else out, None)):
+        try:
+            enable(what, weight_format="bf16", checkpoint=path)
+            raise AssertionError("a rank without a checkpoint was not refused")
+        except (ValueError, OSError) as error:
+            assert "model.safetensors" in str(error), error
     try:
-        enable(model, weight_format="bf16", checkpoint=checkpoint if rank.ep_rank == 0 else out)
-        raise AssertionError("a rank without a checkpoint was not refused")
-    except (ValueError, OSError) as error:
-        assert "model.safetensors" in str(error), error
+        refuse_alike("this layer", [], torch.distributed.group.WORLD)
+        refuse_alike("this layer", ["expert_map is not linear"] * rank.ep_rank, torch.distributed.group.WORLD)
+        raise AssertionError("what a peer cannot serve was not refused")
+    except ValueError as error:
+        assert str(error) == "megamoe cannot serve this layer: expert_map is not linear", error
     mine = prompt_ids(checkpoint)[rank.ep_rank :: 2]
     with enable(model, weight_format="bf16", checkpoint=checkpoint) as serving:
         assert {layer.workspace.ep_size for layer in serving.layers.values()} == {2}
@@ -334,7 +374,7 @@ def rank_main(checkpoint: str, out: str) -> None:
         model, mine, 2, weight_format="bf16", checkpoint=checkpoint
     )  # rank 1 has one prompt: it idles
     safetensors_torch.save_file({"logits": logits}, f"{out}/rank{rank.ep_rank}.safetensors")
-    generate.main(generate_arguments(checkpoint))
+    assert generate.main(generate_arguments(checkpoint)) == 0
     torch.distributed.destroy_process_group()
 
 

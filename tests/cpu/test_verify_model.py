@@ -59,6 +59,22 @@ def test_the_table_and_its_refusals(capsys, tmp_path, monkeypatch):
     assert main(["verify", "--model", str(tmp_path / "nowhere")]) == 2
     assert "no such folder" in capsys.readouterr().err
     assert module._line({"layer": "all", "format": "bf16", "not_run": "CPU only"}).endswith("not run: CPU only")
+    text = tmp_path / "text"
+    text.write_text("To be or not to be")
+    assert main(["verify", "--model", "tiny", "--positions", "8", "--device", "cpu", "--text", str(text)]) == 0
+    assert main(["verify", "--model", "tiny", "--positions", "80", "--device", "cpu", "--text", str(text)]) == 2
+    assert "has 18 tokens, fewer than --positions 80" in capsys.readouterr().err
+    for name in ("--positions", "--sequence"):
+        with pytest.raises(SystemExit):
+            main(["verify", "--model", "tiny", name, "0"])
+        assert f"{name} 0 must be at least 1" in capsys.readouterr().err
+    rows = [{"layer": "all", "format": "bf16", "not_run": "CPU only"}]
+    monkeypatch.setattr(module, "verify_model", lambda *_, **__: rows)
+    assert main(["verify", "--model", "tiny", "--device", "cpu"]) == 2  # nothing was run: no success
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["verify", "--model", "tiny", "--device", "cuda"])
+    assert "torch finds no CUDA device" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "0"), monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("LOCAL_RANK", "0")
     assert main(["verify", "--model", "tiny"]) == 2
     assert "one rank holds the whole model" in capsys.readouterr().err
