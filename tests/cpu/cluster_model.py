@@ -114,6 +114,15 @@ class Interleaving:
         self.check_end()
 
 
+def announce(cta, number: int, ticket: int | None):
+    """The weights role's: tile `number` into its slot; ticket None: the end."""
+    slot, parity = number % TILE_SLOTS, (number // TILE_SLOTS & 1) ^ 1
+    yield lambda: cta.tile_empty[slot].passed(parity)
+    cta.tiles[slot] = (number, ticket)
+    yield
+    cta.tile_full[slot].arrive()
+
+
 class PairModel(Interleaving):
     """num_pairs pairs share one ticket counter. ring: positions of a ring of `stages` slots, (slot, consumer parity,
     producer parity). k_blocks: of each ticket. next_ticket: for each number of k blocks, the stages behind which the
@@ -137,7 +146,7 @@ class PairModel(Interleaving):
         pair, cta, tickets = self.pairs[p], self.pairs[p][c], len(self.k_blocks)
         slots, position = self.mistakes.ticket_slots, 0
         ticket = p if p < tickets else None
-        yield from self.announce(cta, 0, ticket)
+        yield from announce(cta, 0, ticket)
         number = 0
         while ticket is not None:
             draw_at, announce_at, _ = self.next_ticket[self.k_blocks[ticket]]
@@ -168,15 +177,8 @@ class PairModel(Interleaving):
                         yield lambda at=at, parity=parity: cta.ticket_full[at].passed(parity)
                         drawn = cta.partner_ticket[at]
                     following = drawn if drawn < tickets else None
-                    yield from self.announce(cta, number + 1, following)
+                    yield from announce(cta, number + 1, following)
             ticket, number = following, number + 1
-
-    def announce(self, cta: Cta, number: int, ticket: int | None):
-        slot, parity = number % TILE_SLOTS, (number // TILE_SLOTS & 1) ^ 1
-        yield lambda: cta.tile_empty[slot].passed(parity)
-        cta.tiles[slot] = (number, ticket)
-        yield
-        cta.tile_full[slot].arrive()
 
     def tiles(self, cta: Cta):
         """Waits for tile after tile; yields conditions, then ("tile", slot, ticket); ends at the last."""

@@ -4,7 +4,7 @@ next one (csrc/gemm/load_weights.cuh, gather_tokens.cuh)."""
 
 from dataclasses import dataclass
 
-from tests.cpu.cluster_model import MATH_GROUPS, TILE_SLOTS, TOKENS_WARPS, Barrier, Interleaving
+from tests.cpu.cluster_model import MATH_GROUPS, TILE_SLOTS, TOKENS_WARPS, Barrier, Interleaving, announce
 from tests.cpu.protocol_model import Violation
 
 
@@ -50,17 +50,10 @@ class GatherModel(Interleaving):
             roles += [self.math(cta) for _ in range(MATH_GROUPS)]
         self.start(roles)
 
-    def announce(self, cta: Cta, number: int, ticket: int | None):
-        slot, parity = number % TILE_SLOTS, (number // TILE_SLOTS & 1) ^ 1
-        yield lambda: cta.tile_empty[slot].passed(parity)
-        cta.tiles[slot] = (number, ticket)
-        yield
-        cta.tile_full[slot].arrive()
-
     def weights(self, c: int):
         cta, position, number = self.ctas[c], 0, 0
         ticket = c if c < len(self.k_blocks) else None
-        yield from self.announce(cta, 0, ticket)
+        yield from announce(cta, 0, ticket)
         while ticket is not None:
             draw_at, announce_at, _ = self.next_ticket[self.k_blocks[ticket]]
             for k in range(self.k_blocks[ticket]):
@@ -79,7 +72,7 @@ class GatherModel(Interleaving):
                 if k == announce_at:
                     following = drawn if drawn < len(self.k_blocks) else None
                     for _ in range(1 + self.mistakes.announce_again):
-                        yield from self.announce(cta, number + 1, following)
+                        yield from announce(cta, number + 1, following)
             ticket, number = following, number + 1
 
     def wait_tile(self, cta: Cta, number: int):
