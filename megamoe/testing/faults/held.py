@@ -38,6 +38,8 @@ def held() -> Held:
 
 def not_given_back(before: Held, after: Held) -> str:
     """A text for Said.problem; empty if there is no more after than before."""
-    slack = Held(0, 0, 0, DRIVER_SLACK)
-    more = {name: now - then for name, now, then, spare in zip(Held._fields, after, before, slack) if now > then + spare}
+    slack, more = Held(0, 0, 0, DRIVER_SLACK), {}
+    for name, now, then, spare in zip(Held._fields, after, before, slack):
+        if now > then + spare:
+            more[name] = now - then
     return "".join(f"{count} {name.replace('_', ' ')} were not given back; " for name, count in more.items())
