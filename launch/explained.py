@@ -156,9 +156,9 @@ EXPLAINED = {
     "names of a tile's rows, gathered": Order(
         "Weights on M. Before they are read: name_rows' warp barrier, then lane 0's own arrival on tokens_full of the "
         "tile's first stage, in both tokens warps, which every math lane waits for, and before it adds a bias; the "
-        "store warp comes behind those, by staging_full. Before the slot is written again, four tiles on: the readers' arrivals on "
-        "tile_empty, the weights warp that waits for all of them, its arrival on tile_full, which prepare waits for. "
-        "racecheck does not follow an order through a third thread.",
+        "store warp comes behind those, by staging_full. Before the slot is written again, four tiles on: the readers' "
+        "arrivals on tile_empty, the weights warp that waits for all of them, its arrival on tile_full, which prepare "
+        "waits for. racecheck does not follow an order through a third thread.",
         ("gemm/gather_tokens.cuh:name_rows",),
         ("pipeline/3_swiglu.cuh:quantize_weights_on_m", "pipeline/store.cuh:store_rows",
          "gemm/bias.cuh:add_bias_weights_on_m"),
@@ -181,7 +181,8 @@ EXPLAINED = {
                                             "mbarrier_arrive(&s.tile_full[number % kTileSlots])"),
          "mega_moe.cu:init_barriers": ("mbarrier_init(&s.tokens_full[i], C::kTokensArrivals)",
                                        "mbarrier_init(&s.tile_empty[i], kTileReaders)")},
-        {"add_bias_weights_on_m": {"add_bias"}, "quantize_weights_on_m": {"swiglu_and_quantize"}, "store_rows": {"store_tiles"}}),
+        {"add_bias_weights_on_m": {"add_bias"}, "quantize_weights_on_m": {"swiglu_and_quantize"},
+         "store_rows": {"store_tiles"}}),
     "tokens' scale factors of a stage, weights on M": Order(
         "Before they are read: each gathering lane's arrival on tokens_full when its copies have landed, or the bulk "
         "copy's bytes; every math lane waits for it. Before the next copy into the stage: both promotions, a warp "

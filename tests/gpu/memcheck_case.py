@@ -82,7 +82,7 @@ def _two_tiles(weight_format: str, extras: bool, plans: bool, ranks: int) -> Gro
     from megamoe import MoEConfig
     from megamoe.plan import tiles
 
-    config = MoEConfig(hidden=256, intermediate=128, num_experts=6, topk=3, weight_format=weight_format)
+    config = MoEConfig(hidden=128, intermediate=256, num_experts=2 * ranks, topk=2, weight_format=weight_format)
     if extras:  # shared experts and room for plans are not for one workspace
         config = replace(config, activation="swiglu_oai", bias=True, swiglu_limit=7.0,
                          num_shared_experts=0 if plans else 1)  # fmt: skip
