@@ -37,9 +37,9 @@ from megamoe_cuda.gather import gather
 
 
 class Sizes(NamedTuple):
-    """shapes, capacity: of the layers of most calls. planned, planned_capacity: of those under plans, as many of all
-    calls as planned_share says: FP8, and of MXFP4 one with every tile but the last, and one with that, whose few wide
-    calls are of experts that are small."""
+    """shapes, capacity: of the layers of most calls. planned, planned_capacity: of the layers under plans, of which
+    planned_share of the calls are. Of the MXFP4 layers on a GPU the first is wide; the second's experts have rows
+    enough for weights that are decoded ahead, and are small, so that its calls take no longer."""
 
     shapes: tuple[MoEConfig, ...]
     capacity: int
@@ -55,6 +55,7 @@ CPU = Sizes((MoEConfig(256, 128, 8, 3), MoEConfig(128, 256, 4, 2, swiglu_limit=1
             (MoEConfig(256, 128, 8, 3, "mxfp4"), MoEConfig(128, 128, 4, 4, "mxfp4"),
              MoEConfig(128, 256, 4, 2, swiglu_limit=1.0)), 12, 1 / 4)  # fmt: skip
 SEED, WEIGHTS = 11, 2
+PLANNED_ROUTINGS = ("uniform", "zipf", "holes", "duplicates")
 LOAD = 0.01  # chance of other weights before a call of the layer
 PLANNED_LOAD, REBALANCE = 0.002, 0.02  # before a call under plans, while no rebalance is under way
 FEW_ROWS = 64  # of fewer the whole output may be as far from the specification as a row
@@ -80,9 +81,13 @@ class Drawn(NamedTuple):
     bound: int | None
 
 
-def draw(r: random.Random, ep_size: int, capacity: int) -> Drawn:
-    counts = [r.choice((0, 1, 7, capacity, r.randint(0, capacity))) for _ in range(ep_size)]
-    return Drawn(counts, r.choice(ROUTINGS), r.random() < 0.5, r.choice((None, max(counts))))
+def draw(r: random.Random, ep_size: int, capacity: int, planned: bool) -> Drawn:
+    """planned: on all ranks, of many experts, so that one that moved wrongly shows."""
+    few = (7,) if planned else (0, 1, 7)
+    counts = [r.choice((*few, capacity, r.randint(capacity // 2 if planned else 0, capacity))) for _ in range(ep_size)]
+    routing = r.choice(PLANNED_ROUTINGS if planned else ROUTINGS)
+    prequantized, bound = r.random() < 0.5, r.choice((None, max(counts)))
+    return Drawn(counts, routing, prequantized, max(counts) if planned and max(counts) in few else bound)
 
 
 def layer_of(sizes: Sizes, num_cases: int, number: int) -> int:
@@ -93,7 +98,7 @@ def layer_of(sizes: Sizes, num_cases: int, number: int) -> int:
 
 
 def cases_in_all(sizes: Sizes, num_cases: int) -> int:
-    return num_cases + max(num_cases // 4, len(sizes.planned))
+    return num_cases + max(num_cases // 2, len(sizes.planned))
 
 
 class Soak:
@@ -139,7 +144,8 @@ class Soak:
         self.wrong = torch.zeros((), dtype=torch.int64, device=device)
 
     def _draw(self, r: random.Random, number: int, layer: int) -> Prepared:
-        drawn = draw(r, self.ep_size, self.layers[layer].workspace.ep_config.num_max_tokens_per_rank)
+        ep_config = self.layers[layer].workspace.ep_config
+        drawn = draw(r, self.ep_size, ep_config.num_max_tokens_per_rank, ep_config.takes_plans)
         case = make_case(SEED + number, self.shapes[layer], self.ep_size, drawn.counts, drawn.routing, self.device,
                          prequantized=drawn.prequantized)  # fmt: skip
         mine = [case.inputs[rank] for rank in self.ranks]

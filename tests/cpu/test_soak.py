@@ -98,13 +98,18 @@ def test_one_bit_is_found(tmp_path, monkeypatch):
 def test_a_gpus_cases_reach_its_kinds_of_tiles():
     sizes, num_cases, r = soak.GPU, 24, random.Random(soak.SEED)  # both soaks: two ranks
     shapes, reached = sizes.shapes + sizes.planned, {True: set(), False: set()}
+    many = set()
     for number in range(soak.cases_in_all(sizes, num_cases)):
         planned, config = number >= num_cases, shapes[soak.layer_of(sizes, num_cases, number)]
         capacity = sizes.planned_capacity if planned else sizes.capacity
-        drawn = soak.draw(r, 2, capacity)
+        drawn = soak.draw(r, 2, capacity, planned)
+        assert not planned or (min(drawn.counts) and drawn.routing not in ("none", "one_expert", "few_experts"))
+        if planned and max(drawn.counts) >= capacity // 2:
+            many.add(config)
         bound = capacity if drawn.bound is None else drawn.bound
         reached[planned].add((config.weight_format, tiles.choose_block_tokens(config, 2, bound)))
     assert ("fp8", tiles.TOKENS_ON_M) in reached[False] and len(reached[False]) > 2
     mxfp4 = {block for weight_format, block in reached[True] if weight_format == "mxfp4"}
     assert {tiles.SPLITS_WEIGHTS, tiles.TOKENS_ON_M} < mxfp4 and min(mxfp4) <= 64, reached
     assert any(weight_format == "fp8" for weight_format, _ in reached[True])
+    assert len(many) == len(sizes.planned), "each layer under plans has a call of many tokens"
