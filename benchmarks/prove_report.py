@@ -60,8 +60,12 @@ def _counted(row: dict) -> str:
         last = found["first_seed"] + found["seeds"] - 1
         return f"seeds {found['first_seed']} to {last}: {found['sequences']} sequences, {found['calls']} calls"
     if "replays" in found:
-        return (f"{found['calls']} calls, {found['replays']} of them replays, {found['rebalances']} rebalances; "
-                f"{found['runs']} runs, {found['seconds']:.0f} s; digest {found['digest'][:12]}")  # fmt: skip
+        loads = found.get("loads", found["rebalances"])  # which it was called where no plans were among the cases
+        said = f"{found['calls']} calls, {found['replays']} of them replays, {loads} loads of weights; "
+        if "planned" in found:
+            said += (f"{found['planned']} calls under plans, {found['mxfp4']} with MXFP4, {found['rebalances']} "
+                     f"rebalances in {found['steps']} steps; ")  # fmt: skip
+        return f"{said}{found['runs']} runs, {found['seconds']:.0f} s; digest {found['digest'][:12]}"
     return ""
 
 

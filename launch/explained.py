@@ -65,8 +65,11 @@ EXPLAINED = {
         "which name_rows waits for. racecheck does not follow an order through a third thread.",
         ("gemm/load_images.cuh:name_rows",),
         ("pipeline/3_swiglu.cuh:quantize_tokens_on_m", "pipeline/3_swiglu.cuh:quantize_split",
-         "pipeline/4_linear2.cuh:send_rows_tokens_on_m", "pipeline/store.cuh:store_rows"),
-        {"gemm/load_images.cuh:name_rows": ("wait_mbarrier(&s.tile_full[slot], ",
+         "pipeline/4_linear2.cuh:send_rows_tokens_on_m", "pipeline/store.cuh:store_rows",
+         "gemm/bias.cuh:add_bias_tokens_on_m", "gemm/bias.cuh:add_bias_weights_on_m"),
+        {"gemm/bias.cuh:add_bias": (
+             "if constexpr (C::kInExpertOrder) wait_mbarrier(&s.names_full[t.number % kTileSlots], ",),
+         "gemm/load_images.cuh:name_rows": ("wait_mbarrier(&s.tile_full[slot], ",
                                             "mbarrier_arrive(&s.names_full[slot])",
                                             "mbarrier_arrive(&s.tile_empty[slot])"),
          "pipeline/2_linear1.cuh:compute_tiles": ("wait_mbarrier(&s.names_full[slot], ",
@@ -77,7 +80,7 @@ EXPLAINED = {
          "gemm/load_weights.cuh:announce": ("wait_mbarrier(&s.tile_empty[number % kTileSlots], ",
                                             "mbarrier_arrive(&s.tile_full[number % kTileSlots])"),
          "mega_moe.cu:init_barriers": ("mbarrier_init(&s.tile_empty[i], kTileReaders)",)},
-        {}),
+        {"add_bias_tokens_on_m": {"add_bias"}, "add_bias_weights_on_m": {"add_bias"}}),
     "scale factors of a stage": Order(
         "Before they are read: the copy's bytes complete tokens_full or weights_full, which each math warp waits for. "
         "Before the next copy into the stage: the values have come, for the first half's promotion has multiplied by "
@@ -114,7 +117,8 @@ EXPLAINED = {
          "gemm/gather_tokens.cuh:wait_rows", "gemm/gather_tokens.cuh:load_linear1",
          "gemm/gather_tokens.cuh:load_linear2",
          "gemm/load_images.cuh:load_images", "gemm/load_images.cuh:wait_rows", "gemm/load_images.cuh:first_rows",
-         "gemm/load_images.cuh:row_share", "gemm/load_images.cuh:name_rows"),
+         "gemm/load_images.cuh:row_share", "gemm/load_images.cuh:name_rows",
+         "gemm/bias.cuh:add_bias", "gemm/bias.cuh:tile_bias"),
         {"gemm/load_weights.cuh:announce": (
              "{\n    wait_mbarrier(&s.tile_empty[number % kTileSlots], (number / kTileSlots & 1) ^ 1);",
              "ptx::mbarrier_arrive(&s.tile_full[number % kTileSlots]);\n}"),
@@ -148,15 +152,16 @@ EXPLAINED = {
          "mega_moe.cu:init_barriers": ("mbarrier_init(&s.tile_empty[i], kTileReaders)",)},
         {"announce": {"load_weights"}, "tile_of_ticket": {"announce"}, "store_h_half": {"store_tiles"},
          "first_rows": {"load_images", "row_share"}, "row_share": {"load_images", "wait_rows"},
-         "accumulate_split": {"compute_tiles"}}),
+         "accumulate_split": {"compute_tiles"}, "add_bias": {"compute_tiles"}, "tile_bias": {"add_bias"}}),
     "names of a tile's rows, gathered": Order(
         "Weights on M. Before they are read: name_rows' warp barrier, then lane 0's own arrival on tokens_full of the "
-        "tile's first stage, in both tokens warps, which every math lane waits for; the store warp comes behind "
-        "those, by staging_full. Before the slot is written again, four tiles on: the readers' arrivals on "
-        "tile_empty, the weights warp that waits for all of them, its arrival on tile_full, which prepare waits for. "
-        "racecheck does not follow an order through a third thread.",
+        "tile's first stage, in both tokens warps, which every math lane waits for, and before it adds a bias; the "
+        "store warp comes behind those, by staging_full. Before the slot is written again, four tiles on: the readers' "
+        "arrivals on tile_empty, the weights warp that waits for all of them, its arrival on tile_full, which prepare "
+        "waits for. racecheck does not follow an order through a third thread.",
         ("gemm/gather_tokens.cuh:name_rows",),
-        ("pipeline/3_swiglu.cuh:quantize_weights_on_m", "pipeline/store.cuh:store_rows"),
+        ("pipeline/3_swiglu.cuh:quantize_weights_on_m", "pipeline/store.cuh:store_rows",
+         "gemm/bias.cuh:add_bias_weights_on_m"),
         {"gemm/gather_tokens.cuh:name_rows": (
              "s.tile_weights[slot][r] = weight;\n        }\n        __syncwarp();\n    }",),
          "gemm/gather_tokens.cuh:prepare": (
@@ -167,15 +172,17 @@ EXPLAINED = {
          "gemm/mainloop.cuh:wait_stage": ("wait_mbarrier(&s.tokens_full[slot], parity)",),
          "gemm/mainloop.cuh:accumulate_weights_on_m": ("wait_stage(s, stage.slot(), stage.consumer_parity());",),
          "gemm/mxfp4.cuh:accumulate_mxfp4": ("wait_mbarrier(&s.tokens_full[stage.slot()], stage.consumer_parity());",),
-         "pipeline/2_linear1.cuh:compute_tiles": ("mbarrier_arrive(&s.staging_full[group])",
-                                                  "mbarrier_arrive(&s.tile_empty[slot])"),
+         "pipeline/2_linear1.cuh:compute_tiles": (
+             "else accumulate(l, s, acc, stage, t);\n        if constexpr (kExtras) add_bias(l, s, acc, t);",
+             "mbarrier_arrive(&s.staging_full[group])", "mbarrier_arrive(&s.tile_empty[slot])"),
          "pipeline/store.cuh:store_rows": ("++group) wait_mbarrier(&s.staging_full[group], parity);",),
          "pipeline/store.cuh:store_tiles": ("mbarrier_arrive(&s.tile_empty[slot.slot()])",),
          "gemm/load_weights.cuh:announce": ("wait_mbarrier(&s.tile_empty[number % kTileSlots], ",
                                             "mbarrier_arrive(&s.tile_full[number % kTileSlots])"),
          "mega_moe.cu:init_barriers": ("mbarrier_init(&s.tokens_full[i], C::kTokensArrivals)",
                                        "mbarrier_init(&s.tile_empty[i], kTileReaders)")},
-        {"quantize_weights_on_m": {"swiglu_and_quantize"}, "store_rows": {"store_tiles"}}),
+        {"add_bias_weights_on_m": {"add_bias"}, "quantize_weights_on_m": {"swiglu_and_quantize"},
+         "store_rows": {"store_tiles"}}),
     "tokens' scale factors of a stage, weights on M": Order(
         "Before they are read: each gathering lane's arrival on tokens_full when its copies have landed, or the bulk "
         "copy's bytes; every math lane waits for it. Before the next copy into the stage: both promotions, a warp "

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """What only GPUs can show, in one go: python launch/prove.py FOLDER [--seconds 60] [--only PATTERN] [--commit HASH]
 
-With one GPU: the device's fault table, compute-sanitizer over every tile size, the debug build, fuzzing, a soak, and
-traces with pictures; with two or more, also the faults, the soak and the doctor between two ranks. On any machine: the
-host's fault table. Steps are spread over the GPUs: of two ranks first, on two GPUs each, then one or two a GPU. What
-lacks its means is "not run" with the reason. Exit status 1 if a step failed.
+With one GPU: the device's fault table, compute-sanitizer over every tile size and kind of build, the debug build,
+fuzzing, a soak, and traces with pictures; with two or more, also the faults, the soak and the doctor between two ranks.
+On any machine: the host's fault table. Steps are spread over the GPUs: of two ranks first, on two GPUs each, then one
+or two a GPU. What lacks its means is "not run" with the reason. Exit status 1 if a step failed.
 
 Each step leaves its report in FOLDER and a row in FOLDER/summary.json: a later run of a step replaces its row, and a
 step that was not run replaces none. --merge OTHER... only takes over what other folders hold. What is shown in
 benchmarks/results/prove/README.md is that folder, by `./launch/do table`. A soak adds to the state of earlier runs, in
-FOLDER or in that folder, of the same device sources on the same kind of GPU.
+FOLDER or in that folder, of the same device sources and cases on the same kind of GPU.
 """
 
 import argparse
@@ -38,6 +38,7 @@ KEPT = ROOT / "benchmarks" / "results" / "prove"
 CASE = str(ROOT / "tests" / "gpu" / "memcheck_case.py")
 TRACES = (8, 512, 8192)
 LEAVES = "a rank (dies|closes)"  # faults of two GPUs whose ranks are processes of their own
+CASES = ("soak.py", "data.py")  # under megamoe/testing: what the soak's cases are made by
 SHARE = 2  # steps that time nothing, on one GPU
 
 
@@ -231,9 +232,10 @@ def ranks_of_two(*command: str) -> list[str]:
 
 
 def soak_state(folder: Path, name: str, device: str) -> str:
-    """Name of the state file, brought from the kept folder if this one has none."""
+    """Name of the state file, brought from the kept folder if this one has none: another for other device sources, and
+    for other cases."""
     sources = hashlib.sha256()
-    for path in sorted((ROOT / "csrc").rglob("*.cu*")):
+    for path in [*sorted((ROOT / "csrc").rglob("*.cu*")), *(ROOT / "megamoe" / "testing" / file for file in CASES)]:
         sources.update(path.read_bytes())
     found = re.search(r"\b[A-Z]\d+", device)
     stem = f"soak-{name}-{found[0].lower() if found else 'gpu'}-{sources.hexdigest()[:8]}"

@@ -67,18 +67,19 @@ class FusedWorkspace:
     """
 
     def __init__(self, workspace):
-        with together(workspace.group if workspace.ep_size > workspace.num_ranks_here else None,
-                      workspace.ep_config.arrive_deadline_s):  # fmt: skip
-            arena_bytes = self._prepare(workspace)
-        with torch.cuda.device(self.device):
-            if self.num_ranks == self.ep_size:
-                self.memory = OneGpuMemory(arena_bytes, self.ep_size, self.device)
-            else:
-                deadline_s = self.ep_config.arrive_deadline_s
-                self.memory = NvshmemMemory(arena_bytes, workspace.group, self.device, deadline_s)
-            self._clear()
+        group, deadline_s = workspace.group, workspace.ep_config.arrive_deadline_s
+        with contextlib.ExitStack() as taken:  # given back where another rank, or a later step, fails
+            with together(group if workspace.ep_size > workspace.num_ranks_here else None, deadline_s):
+                arena_bytes = self._prepare(workspace, taken)
+            with torch.cuda.device(self.device):
+                if self.num_ranks == self.ep_size:
+                    self.memory = OneGpuMemory(arena_bytes, self.ep_size, self.device)
+                else:
+                    self.memory = NvshmemMemory(arena_bytes, group, self.device, deadline_s)
+                self._clear()
+            taken.pop_all()
 
-    def _prepare(self, workspace) -> int:
+    def _prepare(self, workspace, taken: contextlib.ExitStack) -> int:
         """Kernels, local memory and the status record; nothing here waits for a peer. -> bytes of the arena"""
         self.device, self.device_index = workspace.device, workspace.device.index
         self.ep_size, self.num_ranks = workspace.ep_size, workspace.num_ranks_here
@@ -92,28 +93,27 @@ class FusedWorkspace:
             num_sms = min(workspace.ep_config.num_sms or 10**6, device_info(self.device.index).num_sms)
             self.ctas_per_rank = layout.ctas_per_rank(num_sms, self.num_ranks)
             if self.ctas_per_rank < 2:
-                raise ValueError(
-                    f"num_sms={num_sms} is less than virtual_ranks={self.num_ranks}; give each rank two SMs"
-                )
+                raise ValueError(f"num_sms={num_sms} is less than virtual_ranks={self.num_ranks}; "
+                                 "give each rank two SMs")  # fmt: skip
             self.dims = layout.dims_of(workspace.moe_configs, self.ep_config, self.ep_size, self.ctas_per_rank)
             check_blocks(workspace.moe_configs, self.ep_size, self.ep_config)
             self.debug = debug_level() > 0
             self.regions, arena_bytes, local_bytes = layout.place(self.dims, canaries.GAP if self.debug else 0)
-            self.kernels = self._load_kernels(workspace.moe_configs)
-            self.local = [
-                torch.zeros(local_bytes, dtype=torch.uint8, device=self.device) for _ in range(self.num_ranks)
-            ]
+            self.kernels = self._load_kernels(workspace.moe_configs, taken)
+            self.local = [torch.zeros(local_bytes, dtype=torch.uint8, device=self.device)
+                          for _ in range(self.num_ranks)]  # fmt: skip
             self.status = HostStatus(self.num_ranks * ctypes.sizeof(layout.KernelStatus))
+            taken.callback(self.status.close)
             self.records = list((layout.KernelStatus * self.num_ranks).from_buffer(self.status.host))
             words = memoryview(self.status.host).cast("B").cast("I")
             self.codes = words[:: len(words) // self.num_ranks]  # of the records, for a look at each call
         return arena_bytes
 
-    def _load_kernels(self, configs) -> dict[tuple[str, int, bool], LoadedKernel]:
+    def _load_kernels(self, configs, taken: contextlib.ExitStack) -> dict[tuple[str, int, bool], LoadedKernel]:
         wanted = builds_of(configs, self.ep_size, self.ep_config.num_max_tokens_per_rank)
         with ThreadPoolExecutor(max_workers=4) as pool:  # into the compiler's memory; loading is not for threads
             list(pool.map(lambda key: _compiled(*key, self.ep_config.takes_plans), wanted))
-        return {key: self.load_kernel(*key) for key in wanted}
+        return {key: taken.enter_context(contextlib.closing(self.load_kernel(*key))) for key in wanted}
 
     def load_kernel(self, weight_format: str, block: int, extras: bool, **defines: int) -> LoadedKernel:
         """The kernel of that kernel_key, with further defines a test or trace build of it."""

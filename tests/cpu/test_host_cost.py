@@ -102,6 +102,19 @@ def layer_on(virtual_ranks: int | None = None) -> MoELayer:
     return layer
 
 
+@pytest.mark.parametrize("fails", ["read_symbol_u32", "HostStatus", "OneGpuMemory", "_clear"])
+def test_a_workspace_that_cannot_be_made_gives_back_what_it_took(gpu, monkeypatch, fails):
+    freed, left = [], [200_000] * 2  # kernels load until the third
+    monkeypatch.setattr(Driver, "cuMemFreeHost", lambda self, address: freed.append(address) or (self.launch_result,))
+    where = engine_fused.FusedWorkspace if fails == "_clear" else engine_fused
+    monkeypatch.setattr(where, fails, lambda *args: left.pop() if fails == "read_symbol_u32" else [].pop())
+    with pytest.raises(IndexError):
+        layer_on()
+    done = [call[0] for call in gpu.driver.calls]
+    assert done.count("load") == done.count("unload") > 1
+    assert len(freed) == (fails in ("OneGpuMemory", "_clear"))
+
+
 def arguments(n: int, idx=torch.int64, weights=torch.float32) -> tuple:
     return torch.zeros(n, 256).bfloat16(), torch.zeros(n, 2, dtype=idx), torch.zeros(n, 2, dtype=weights)
 

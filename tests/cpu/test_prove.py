@@ -121,6 +121,27 @@ def test_every_step_says_not_run_without_a_gpu(prove, tmp_path):
         assert all(name.startswith("sanitizer") or gpus == 1 for name in missing)
 
 
+def test_a_soak_of_other_sources_or_cases_begins_anew(prove, tmp_path, monkeypatch):
+    files = ["csrc/a.cuh", *(f"megamoe/testing/{name}" for name in prove.CASES)]
+    for name in files:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("1")
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    monkeypatch.setattr(prove, "ROOT", tmp_path)
+    monkeypatch.setattr(prove, "KEPT", kept)
+    first = prove.soak_state(tmp_path, "virtual", "NVIDIA H100 80GB HBM3")
+    (kept / first).write_text("{}")
+    assert prove.soak_state(tmp_path, "virtual", "NVIDIA H100 80GB HBM3") == first and (tmp_path / first).exists()
+    assert prove.soak_state(tmp_path, "virtual", "NVIDIA H200") != first
+    for name in files:
+        (tmp_path / name).write_text("2")
+        assert prove.soak_state(tmp_path, "virtual", "NVIDIA H100 80GB HBM3") != first, name
+        (tmp_path / name).write_text("1")
+    assert all((ROOT / name).is_file() for name in files[1:])
+
+
 def test_only_racechecks_findings_are_told_by_its_reports(prove, tmp_path):
     checks = {step.name.split()[1]: step for step in prove.steps(tmp_path, 1.0, "1", 0, "CPU") if "sanit" in step.name}
     assert set(checks) == {"memcheck", "synccheck", "racecheck", "initcheck"}
@@ -138,12 +159,14 @@ def test_the_page_shows_every_row(tmp_path, prove):
     folder = tmp_path / "prove"
     (folder / "faults-host.jsonl").write_text(json.dumps(fault) + "\n")
     soak = {"calls": 5, "replays": 2, "rebalances": 1, "runs": 3, "seconds": 61.2, "digest": "d" * 64}
+    planned = soak | {"loads": 7, "planned": 4, "mxfp4": 3, "steps": 6}
     prove.write_rows(folder, [
         row("faults, host", True, "2026-01-02", faults={"ok": 1, "wrong": 0}, files=["faults-host.jsonl"], seconds=2.0),
         row("sanitizer memcheck", True, "2026-01-02", findings=0, suppressed={"--some option": "a reason"}),
         row("sanitizer racecheck", True, "2026-01-02", findings=0, explained={
             "an order": {"reason": "by a flag", "pairs": {"a:f and b:g": 7, "a:f and b:h": 5}}}),
-        row("soak", True, "2026-01-02", counted=soak), row("fuzz", None, "2026-01-02", reason="no GPU"),
+        row("soak", True, "2026-01-02", counted=soak), row("soak, plans", True, "2026-01-02", counted=planned),
+        row("fuzz", None, "2026-01-02", reason="no GPU"),
         row("trace-8", True, "2026-01-02", total_us=123.4, exposed_us={"tensor": 7.0}, case="a case",
             files=["trace-8.png"]),
     ])  # fmt: skip
@@ -151,7 +174,8 @@ def test_the_page_shows_every_row(tmp_path, prove):
     for said in ("| 0, 1: late |", "0 findings", "`--some option`: a reason",
                  "0 findings, 2 pairs explained (12 hazards)", "### sanitizer racecheck: explained",
                  "| an order | by a flag | `a:f and b:g`: 7<br>`a:f and b:h`: 5 |",
-                 "5 calls, 2 of them replays", "no GPU",
+                 "5 calls, 2 of them replays, 1 loads of weights; 3 runs", "no GPU",
+                 "7 loads of weights; 4 calls under plans, 3 with MXFP4, 1 rebalances in 6 steps; 3 runs",
                  "![trace-8](trace-8.png)", "| 8 | 123.4 | 7.0 |", "1 ok, 0 wrong", "a" * 12 + ", 2026-01-02"):
         assert said in text, said
     readme = tmp_path / "README.md"

@@ -1,11 +1,14 @@
 """A short soak on virtual ranks of the CPU: it adds up, and a bit that differs ends it."""
 
 import json
+import random
 
 import pytest
 import torch
 
 from megamoe import MoELayer
+from megamoe.engine_torch import TorchEngine
+from megamoe.plan import tiles
 from megamoe.testing import soak
 
 
@@ -23,6 +26,59 @@ def test_runs_add_up_against_one_digest(tmp_path):
         soak.soak("cpu", 0.0, state, 4, 10)
 
 
+@pytest.mark.parametrize("name, value", [
+    ("SEED", soak.SEED + 1), ("CPU", soak.CPU._replace(capacity=13)), ("CPU", soak.CPU._replace(planned_capacity=13)),
+    ("CPU", soak.CPU._replace(planned=soak.CPU.planned[:2])), ("ROUTINGS", ("uniform",)), ("WEIGHTS", 1),
+])  # fmt: skip
+def test_other_cases_do_not_add_to_a_state(tmp_path, monkeypatch, name, value):
+    state = tmp_path / "state.json"
+    made = soak.soak("cpu", 0.0, state, 4, 1)
+    monkeypatch.setattr(soak, name, value)
+    with pytest.raises(ValueError, match="is of another soak: inputs="):
+        soak.soak("cpu", 0.0, state, 4, 1)
+    state.write_text(json.dumps({key: made[key] for key in made if key != "inputs"}))  # as before there was MXFP4
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="is of another soak: inputs=None there"):
+        soak.soak("cpu", 0.0, state, 4, 1)
+
+
+def often(monkeypatch) -> None:
+    for name, value in {"CPU": soak.CPU._replace(planned_share=0.5), "PLANNED_LOAD": 0.1, "REBALANCE": 0.5,
+                        "STAGED": 1}.items():  # fmt: skip
+        monkeypatch.setattr(soak, name, value)
+
+
+def test_experts_move_between_calls(tmp_path, monkeypatch):
+    often(monkeypatch)
+    under_way = []
+    real = MoELayer.forward
+
+    def forward(self, *args, **kwargs):
+        copies = int((self._engine.placement >= 0).sum()) - self.config.num_experts
+        under_way.append((self.config.weight_format, copies > 0))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(MoELayer, "forward", forward)
+    state = soak.soak("cpu", 0.0, tmp_path / "state.json", 4, 150)
+    assert state["rebalances"] > 5 and state["steps"] > state["rebalances"] and state["moved_bytes"]
+    assert state["loads"] > 2 and 0 < state["mxfp4"] < state["planned"] < state["calls"]
+    assert {("mxfp4", True), ("fp8", True), ("fp8", False)} <= set(under_way)  # with copies of experts, and without
+
+
+def test_an_expert_that_did_not_arrive_is_found(tmp_path, monkeypatch):
+    often(monkeypatch)
+    real = TorchEngine.apply
+
+    def apply(self, *args):
+        for arrived in (tensor for bundles in self._staged for bundle in bundles for tensor in bundle):
+            arrived.zero_()
+        real(self, *args)
+
+    monkeypatch.setattr(TorchEngine, "apply", apply)
+    with pytest.raises(AssertionError, match="values differ from the first call's"):
+        soak.soak("cpu", 0.0, tmp_path / "state.json", 4, 150)
+
+
 def test_one_bit_is_found(tmp_path, monkeypatch):
     real, calls = MoELayer.forward, []
 
@@ -37,3 +93,23 @@ def test_one_bit_is_found(tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match="values differ from the first call's"):
         soak.soak("cpu", 0.0, tmp_path / "state.json", 4, 60)
     assert not (tmp_path / "state.json").exists()
+
+
+def test_a_gpus_cases_reach_its_kinds_of_tiles():
+    sizes, num_cases, r = soak.GPU, 24, random.Random(soak.SEED)  # both soaks: two ranks
+    shapes, reached = sizes.shapes + sizes.planned, {True: set(), False: set()}
+    many = set()
+    for number in range(soak.cases_in_all(sizes, num_cases)):
+        planned, config = number >= num_cases, shapes[soak.layer_of(sizes, num_cases, number)]
+        capacity = sizes.planned_capacity if planned else sizes.capacity
+        drawn = soak.draw(r, 2, capacity, planned)
+        assert not planned or (min(drawn.counts) and drawn.routing not in ("none", "one_expert", "few_experts"))
+        if planned and max(drawn.counts) >= capacity // 2:
+            many.add(config)
+        bound = capacity if drawn.bound is None else drawn.bound
+        reached[planned].add((config.weight_format, tiles.choose_block_tokens(config, 2, bound)))
+    assert ("fp8", tiles.TOKENS_ON_M) in reached[False] and len(reached[False]) > 2
+    mxfp4 = {block for weight_format, block in reached[True] if weight_format == "mxfp4"}
+    assert {tiles.SPLITS_WEIGHTS, tiles.TOKENS_ON_M} < mxfp4 and min(mxfp4) <= 64, reached
+    assert any(weight_format == "fp8" for weight_format, _ in reached[True])
+    assert len(many) == len(sizes.planned), "each layer under plans has a call of many tokens"

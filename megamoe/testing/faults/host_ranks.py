@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megamoe import EPConfig, MoEConfig, Workspace
 from megamoe.ranks import init_process_group
 from megamoe.testing.data import Case, make_case
+from megamoe.testing.faults.held import descriptors
 from megamoe.testing.faults.table import NUM_RANKS, Said
 from megamoe_cuda.gather import gather
 
@@ -44,10 +45,6 @@ def case_of(config: MoEConfig, tokens: int = 5) -> Case:
 def open_workspace(everyone, **fields) -> Workspace:
     deadlines = {"arrive_deadline_s": DEADLINE_S, "step_deadline_s": DEADLINE_S} | fields
     return Workspace([CONFIG, OTHER], EPConfig(8, **deadlines), group=everyone, device="cpu")
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def tensors() -> int:
