@@ -20,7 +20,7 @@ struct Config {
     static constexpr bool kDecodesInLoop = kFormat_ == kMxfp4 && !kDecodesAhead;
     static constexpr bool kIsMxfp4 = kFormat_ == kMxfp4;
     // Decoding ahead and in the loop want rows in different orders of K, and a rank chooses by its own bound. So each
-    // tells the peers which it chose, in the top bit of its number of tokens.
+    // tells the peers which it chose, in the top bit of its number of tokens (head_mark).
     static constexpr u32 kAheadBit = kDecodesAhead ? 1u << 31 : 0;
     // Few rows an expert: weights are the wgmma M side, so padding costs at most the rest of a tile of tokens. Many:
     // tokens are. Codes decoded into registers can only be the A operand, which is M.

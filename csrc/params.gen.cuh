@@ -10,6 +10,8 @@ constexpr u32 kMaxVirtualRanks = 8;
 constexpr u32 kMaxTopk = 16;
 constexpr u32 kMaxLocalExperts = 256;
 constexpr u32 kHeadSliceTokens = 16;
+constexpr u32 kHeadTokensBits = 21;
+constexpr u32 kHeadLayerBits = 10;
 constexpr u32 kChoicePasses = 8;
 constexpr u32 kReplicaHeaderWords = 4;
 constexpr u32 kMaxLogicalExperts = 512;
@@ -58,6 +60,7 @@ enum Code : u32 {
     kCode_aborted_by_peer,
     kCode_out_of_bounds,
     kCode_unequal_bounds,
+    kCode_unequal_layers,
 };
 
 enum Trace : u32 {
@@ -208,6 +211,7 @@ struct KernelParams {
     u64 recv_x_sf_pitch;
     u64 head_pitch;
     u64 prefetch_stages;
+    u64 layer;
     u64 decode_lag;
     u64 arrive_deadline_ns;
     u64 step_deadline_ns;
@@ -264,30 +268,31 @@ static_assert(MOE_OFFSETOF(KernelParams, recv_x_pitch) == 1424);
 static_assert(MOE_OFFSETOF(KernelParams, recv_x_sf_pitch) == 1432);
 static_assert(MOE_OFFSETOF(KernelParams, head_pitch) == 1440);
 static_assert(MOE_OFFSETOF(KernelParams, prefetch_stages) == 1448);
-static_assert(MOE_OFFSETOF(KernelParams, decode_lag) == 1456);
-static_assert(MOE_OFFSETOF(KernelParams, arrive_deadline_ns) == 1464);
-static_assert(MOE_OFFSETOF(KernelParams, step_deadline_ns) == 1472);
-static_assert(MOE_OFFSETOF(KernelParams, ep_size) == 1480);
-static_assert(MOE_OFFSETOF(KernelParams, ctas_per_rank) == 1484);
-static_assert(MOE_OFFSETOF(KernelParams, hidden) == 1488);
-static_assert(MOE_OFFSETOF(KernelParams, intermediate) == 1492);
-static_assert(MOE_OFFSETOF(KernelParams, num_local_experts) == 1496);
-static_assert(MOE_OFFSETOF(KernelParams, topk) == 1500);
-static_assert(MOE_OFFSETOF(KernelParams, capacity) == 1504);
-static_assert(MOE_OFFSETOF(KernelParams, slices) == 1508);
-static_assert(MOE_OFFSETOF(KernelParams, order_group) == 1512);
-static_assert(MOE_OFFSETOF(KernelParams, order_lag) == 1516);
-static_assert(MOE_OFFSETOF(KernelParams, combine_columns) == 1520);
-static_assert(MOE_OFFSETOF(KernelParams, combine_chunks) == 1524);
-static_assert(MOE_OFFSETOF(KernelParams, x_is_fp8) == 1528);
-static_assert(MOE_OFFSETOF(KernelParams, idx_is_int64) == 1532);
-static_assert(MOE_OFFSETOF(KernelParams, weights_are_bf16) == 1536);
-static_assert(MOE_OFFSETOF(KernelParams, swiglu_limit) == 1540);
-static_assert(MOE_OFFSETOF(KernelParams, biases) == 1544);
-static_assert(MOE_OFFSETOF(KernelParams, num_shared_experts) == 1672);
-static_assert(MOE_OFFSETOF(KernelParams, gate_exponent) == 1680);
-static_assert(MOE_OFFSETOF(KernelParams, up_shift) == 1684);
-static_assert(sizeof(KernelParams) == 1688);
+static_assert(MOE_OFFSETOF(KernelParams, layer) == 1456);
+static_assert(MOE_OFFSETOF(KernelParams, decode_lag) == 1464);
+static_assert(MOE_OFFSETOF(KernelParams, arrive_deadline_ns) == 1472);
+static_assert(MOE_OFFSETOF(KernelParams, step_deadline_ns) == 1480);
+static_assert(MOE_OFFSETOF(KernelParams, ep_size) == 1488);
+static_assert(MOE_OFFSETOF(KernelParams, ctas_per_rank) == 1492);
+static_assert(MOE_OFFSETOF(KernelParams, hidden) == 1496);
+static_assert(MOE_OFFSETOF(KernelParams, intermediate) == 1500);
+static_assert(MOE_OFFSETOF(KernelParams, num_local_experts) == 1504);
+static_assert(MOE_OFFSETOF(KernelParams, topk) == 1508);
+static_assert(MOE_OFFSETOF(KernelParams, capacity) == 1512);
+static_assert(MOE_OFFSETOF(KernelParams, slices) == 1516);
+static_assert(MOE_OFFSETOF(KernelParams, order_group) == 1520);
+static_assert(MOE_OFFSETOF(KernelParams, order_lag) == 1524);
+static_assert(MOE_OFFSETOF(KernelParams, combine_columns) == 1528);
+static_assert(MOE_OFFSETOF(KernelParams, combine_chunks) == 1532);
+static_assert(MOE_OFFSETOF(KernelParams, x_is_fp8) == 1536);
+static_assert(MOE_OFFSETOF(KernelParams, idx_is_int64) == 1540);
+static_assert(MOE_OFFSETOF(KernelParams, weights_are_bf16) == 1544);
+static_assert(MOE_OFFSETOF(KernelParams, swiglu_limit) == 1548);
+static_assert(MOE_OFFSETOF(KernelParams, biases) == 1552);
+static_assert(MOE_OFFSETOF(KernelParams, num_shared_experts) == 1680);
+static_assert(MOE_OFFSETOF(KernelParams, gate_exponent) == 1688);
+static_assert(MOE_OFFSETOF(KernelParams, up_shift) == 1692);
+static_assert(sizeof(KernelParams) == 1696);
 
 struct KernelStatus {
     u32 code;

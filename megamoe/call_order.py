@@ -1,8 +1,7 @@
 """MEGAMOE_DEBUG=2: before each call, ranks tell each other which layer they are about to call, and differ aloud.
 
-Calls of different layers must come in the same order on every rank. CPU ranks notice by themselves; a GPU's flags tell
-the call, not the layer, so that layers taken for each other give wrong results.
-This check costs a meeting of the hosts a call and says at once who does what.
+Calls of different layers must come in the same order on every rank. Ranks notice by themselves that they call different
+layers, in the call; this check costs a meeting of the hosts a call and says before it who is about to do what.
 """
 
 import os

@@ -30,6 +30,12 @@ def device_error(records: Sequence[layout.KernelStatus], ids_are_mapped: bool) -
             f"launch {r.epoch}: rank {r.index} was called with another num_tokens_bound; give every rank the same",
             record,
         )
+    if code == "unequal_layers":
+        return MegaMoEError(
+            f"launch {r.epoch}: rank {r.index} called layer {r.have} of the workspace, this rank layer {r.want}: "
+            "all ranks make the same calls in one order",
+            record,
+        )
     if code == "out_of_bounds":
         region = f"region {layout.REGIONS[r.index].name} of {r.want} bytes"
         return MegaMoEError(f"launch {r.epoch}: an access at byte {r.have} of {region}", record)

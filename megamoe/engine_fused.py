@@ -235,8 +235,7 @@ class FusedEngine:
         self.ep_size = shared.ep_size
         self.cuts = shared.cuts.setdefault(config, {})
         self.launches: dict[LoadedKernel, BoundLaunch] = {}  # of self.params
-        self.kind = self.cut = self.key = None  # of the last call: what self.params hold
-        self.kernel = self.launch = None  # of the last call
+        self.kind = self.cut = self.key = self.kernel = self.launch = None  # of the last call: what self.params hold
         self.ranks = [p.ranks[i] for i in range(shared.num_ranks)]
         self.address_fields = [memoryview(rank).cast("B") for rank in self.ranks]
         # Without slots or staging memory for plans ids are slots, and the kernel does nothing for them
@@ -245,6 +244,8 @@ class FusedEngine:
             self.replicas = DeviceReplicas(config, shared, self.slots)
             for rank, counts in zip(p.ranks, self.replicas.counts, strict=False):
                 rank.replica_map, rank.load_count = self.replicas.map.data_ptr(), counts.data_ptr()
+        p.layer = workspace.num_layers % (1 << layout.HEAD_LAYER_BITS)
+        workspace.num_layers += 1  # behind what can fail on one rank alone
 
     def load_weights(self, weights: list[ExpertWeights]) -> None:
         """weights: one per rank held here. Packed expert by expert; in place from the second time on. The placement
@@ -378,15 +379,14 @@ class FusedEngine:
         p.idx_is_int64 = rank_input.topk_idx.dtype is torch.int64
         p.weights_are_bf16 = rank_input.topk_weights.dtype is torch.bfloat16
         cut = self.cuts.get(num_tokens_bound) or self._new_cut(num_tokens_bound)
-        (block, p.order_group, p.order_lag, p.prefetch_stages, p.decode_lag, p.combine_columns,
-         p.combine_chunks) = cut  # fmt: skip
+        (block, p.order_group, p.order_lag, p.prefetch_stages, p.decode_lag,
+         p.combine_columns, p.combine_chunks) = cut  # fmt: skip
         self.cut, self.key, self.kind = cut, (self.config.weight_format, block, self.extras), kind
 
     def _new_cut(self, num_tokens_bound: int) -> tiles.Cut:
-        shared = self.shared
-        warps = shared.ctas_per_rank * (layout.EXCHANGE_WARPS + layout.MATH_WARPS)
-        self.cuts[num_tokens_bound] = cut = tiles.cut_launch(self.config, shared.ep_size, num_tokens_bound, warps)
-        return cut
+        warps = self.shared.ctas_per_rank * (layout.EXCHANGE_WARPS + layout.MATH_WARPS)
+        cut = tiles.cut_launch(self.config, self.ep_size, num_tokens_bound, warps)
+        return self.cuts.setdefault(num_tokens_bound, cut)
 
     def _new_launch(self, kernel: LoadedKernel) -> BoundLaunch:
         ctas = self.shared.ctas_per_rank * self.shared.num_ranks

@@ -55,12 +55,12 @@ class MoELayer(nn.Module):
         self.config = config
         self.workspace = workspace
         self.rerounded_groups: list[dict[str, int]] | None = None  # mxfp4 format: of the last load, one a rank
-        self.handle = torch_op.register(self)
-        self._engine = make_engine(config, workspace)
         self._weights_of = weights_of
         if weights_of is not None and weights_of.config != config:
             raise ValueError(f"weights_of has config={weights_of.config}, this layer {config}; use equal ones")
         checks.equal_slots(workspace.ep_config, weights_of and weights_of.workspace.ep_config)
+        self.handle = torch_op.register(self)
+        self._engine = make_engine(config, workspace)
         self.index = len(workspace.layers)
         self._call = LayerCall(config, workspace, self._engine, self.index, weights_of and weights_of._call)
         workspace.layers.append(ref(self))

@@ -23,6 +23,7 @@ MAX_TOPK = 16  # four bits of a row's name
 MAX_LOCAL_EXPERTS = 256  # shared-memory tables of the plan step
 MAX_TOKENS = 1 << 20  # twenty bits of a row's name
 HEAD_SLICE_TOKENS = 16  # tokens whose routing travels behind one flag
+HEAD_TOKENS_BITS, HEAD_LAYER_BITS = 21, 10  # of the word that says how many tokens a rank has; 31: its order of K
 
 CHOICES = ("static", "balanced", "min_active")  # which copy of an expert serves a row: plan/choice.py
 CHOICE_PASSES = 8  # rounds of water-filling at most: within 2 % of the optimum for 256 experts + 32 on 32 ranks
@@ -56,7 +57,7 @@ TRACE_EVENTS = (
     "start", "list", "pushed", "tile", "rows_named", "rows_here", "first_stage", "k_loop", "staging",
     "epilogue", "stored", "combined", "end",
 )  # fmt: skip
-CODES = ("ok", "timeout", "expert_out_of_range", "aborted_by_peer", "out_of_bounds", "unequal_bounds")
+CODES = ("ok", "timeout", "expert_out_of_range", "aborted_by_peer", "out_of_bounds", "unequal_bounds", "unequal_layers")
 # Of test builds (csrc/debug/faults.cuh): what can be published late, wrong or not at all.
 FAULT_POINTS = ("routing", "count", "head", "rows", "h", "combine", "decoded")
 
@@ -135,7 +136,7 @@ REGIONS = (
     Region("head_ready", "symmetric", "u32", lambda d: (2, d.ep_size, d.slices),
            "source's exchange warps", "plan warps", "epoch of 16 tokens' routing; two banks by epoch parity"),
     Region("head_num_tokens", "symmetric", "u32", lambda d: (2, d.ep_size),
-           "source's exchange warps", "plan warps", "tokens of a source rank; top bit: it decodes ahead"),
+           "source's exchange warps", "plan warps", "tokens of a source rank, its layer, its order of K"),
     Region("x_ready", "symmetric", "u32", lambda d: (d.ep_size, d.capacity),
            "source's exchange warps", "tokens or exchange warps", "epoch of a received row"),
     Region("combine_ready", "symmetric", "u32", lambda d: (d.capacity, MAX_TOPK),
@@ -246,6 +247,7 @@ class KernelParams(ctypes.Structure):
         ("recv_x_sf_pitch", ctypes.c_uint64),
         ("head_pitch", ctypes.c_uint64),  # elements between two source ranks of head_idx and head_weights
         ("prefetch_stages", ctypes.c_uint64),  # of its likely first tile, that a CTA asks the L2 cache for at entry
+        ("layer", ctypes.c_uint64),  # which of the workspace's, mod 2^HEAD_LAYER_BITS: ranks must call the same one
         ("decode_lag", ctypes.c_uint64),  # experts whose linear1 is decoded ahead of the first one's linear2
         ("arrive_deadline_ns", ctypes.c_uint64),  # until every rank has sent its routing
         ("step_deadline_ns", ctypes.c_uint64),  # any later wait

@@ -40,6 +40,8 @@ def render_header() -> str:
         ("kMaxTopk", layout.MAX_TOPK),
         ("kMaxLocalExperts", layout.MAX_LOCAL_EXPERTS),
         ("kHeadSliceTokens", layout.HEAD_SLICE_TOKENS),
+        ("kHeadTokensBits", layout.HEAD_TOKENS_BITS),
+        ("kHeadLayerBits", layout.HEAD_LAYER_BITS),
         ("kChoicePasses", layout.CHOICE_PASSES),
         ("kReplicaHeaderWords", layout.REPLICA_HEADER_WORDS),
         ("kMaxLogicalExperts", layout.MAX_LOGICAL_EXPERTS),

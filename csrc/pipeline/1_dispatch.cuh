@@ -77,6 +77,14 @@ MOE_DEVICE i32 table_idx(const Launch& l, i32 id) {
     return id | kUnmappedIdBit;  // out of range also where there are more slots than experts
 }
 
+// What a source says beside its number of tokens: its order of K, and which layer it calls.
+constexpr u32 kHeadLayers = (1u << kHeadLayerBits) - 1;
+static_assert(kHeadTokensBits + kHeadLayerBits == 31 && kHeadTokensBits > kMaxTokenBits);
+template <class C>
+MOE_DEVICE u32 head_mark(const Launch& l) {
+    return static_cast<u32>(l.p.layer) << kHeadTokensBits | C::kAheadBit;
+}
+
 constexpr u32 kHeadLoads = 4;  // ids and weights that a lane has in flight
 
 // Routing of kHeadSliceTokens tokens a slice: ids and weights to every rank, then one flag each. Slice 0 always goes:
@@ -112,7 +120,7 @@ MOE_DEVICE void push_head(const Launch& l) {
             }
         }
         if (slice == 0 && lane < l.p.ep_size)
-            *l.head_num_tokens(lane, me) = MOE_FAULT(l, count, num_tokens) | C::kAheadBit;
+            *l.head_num_tokens(lane, me) = MOE_FAULT(l, count, num_tokens) | head_mark<C>(l);
         __syncwarp();
         if (lane < l.p.ep_size) {
             ptx::fence_acq_rel_sys();  // cumulative over the warp's stores, ordered before it by the warp barrier

@@ -17,11 +17,15 @@ MOE_DEVICE bool wait_heads(const Launch& l, SharedStorage<C>& s, u32 thread) {
     if (thread < l.p.ep_size) {
         const bool ok = wait_acquire_sys(l, l.head_ready(me, thread, 0), l.p.arrive_deadline_ns,
                                          {kRole_plan, kStep_dispatch, thread});
-        const u32 num_tokens = ok ? ptx::ld_cg(l.head_num_tokens(me, thread)) : C::kAheadBit;
-        const bool differs = C::kIsMxfp4 && (num_tokens ^ C::kAheadBit) >> 31;
-        if (differs) give_up(l, kCode_unequal_bounds, {kRole_plan, kStep_dispatch, thread}, num_tokens, C::kAheadBit);
+        const u32 mark = head_mark<C>(l), word = ok ? ptx::ld_cg(l.head_num_tokens(me, thread)) : mark;
+        const u32 differs = (word ^ mark) >> kHeadTokensBits;
+        if (differs) {
+            give_up(l, differs & kHeadLayers ? kCode_unequal_layers : kCode_unequal_bounds,
+                    {kRole_plan, kStep_dispatch, thread}, word >> kHeadTokensBits & kHeadLayers,
+                    mark >> kHeadTokensBits & kHeadLayers);
+        }
         if (!ok || differs) s.healthy = 0;
-        s.num_tokens[thread] = differs ? 0 : min_u32(num_tokens ^ C::kAheadBit, l.p.capacity);
+        s.num_tokens[thread] = differs ? 0 : min_u32(word ^ mark, l.p.capacity);
     }
     ptx::named_barrier_sync<kBarrierPlan, kPlanWarps * 32>();
     if (thread == 0) {

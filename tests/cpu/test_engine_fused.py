@@ -17,10 +17,10 @@ from megamoe.testing.data import make_case
 RANKS = 2
 
 
-def make_engine(config: MoEConfig) -> FusedEngine:
+def make_engine(config: MoEConfig, layers_before: int = 0) -> FusedEngine:
     shared = SimpleNamespace(ep_size=RANKS, ep_config=EPConfig(8, RANKS), device=torch.device("cpu"), num_ranks=RANKS,
                              base_params=layout.KernelParams, cuts={})  # fmt: skip
-    return FusedEngine(config, SimpleNamespace(fused=shared))
+    return FusedEngine(config, SimpleNamespace(fused=shared, num_layers=layers_before))
 
 
 def floats(pointer: int, *shape: int) -> torch.Tensor:
@@ -57,3 +57,10 @@ def test_the_gating_is_two_numbers():
         assert params.up_shift == shift
         assert math.isclose(2 ** (params.gate_exponent * -3.0), math.exp(3.0 * slope), rel_tol=1e-6)
         assert params.biases[0].linear1 == params.biases[0].linear2 == 0
+
+
+def test_ranks_that_call_different_layers_can_tell():
+    """By KernelParams.layer, which goes beside the number of tokens."""
+    most = 1 << layout.HEAD_LAYER_BITS
+    numbers = [make_engine(MoEConfig(256, 128, 8, 2), before).params.layer for before in (0, 1, most - 1, most)]
+    assert numbers == [0, 1, most - 1, 0]

@@ -78,7 +78,7 @@ def in_a_call(faulty_call):
 
 def _in_a_call(rank: int, everyone, faulty_call) -> Said:
     with open_workspace(everyone) as workspace:
-        layer = make_layer(workspace, rank)
+        layer, _other = make_layer(workspace, rank), make_layer(workspace, rank)
         call(layer, rank)
         first, before, problem = layer.out.clone(), held(), ""
         gather(everyone, "faults", None, 60.0)
@@ -109,6 +109,14 @@ def late(seconds: float):
 def too_many_tokens(layer):
     i = make_case(7, CONFIG, RANKS, TOKENS + 1, "uniform", "cuda", ranks=[FAULTY]).inputs[0]
     layer(i.x, i.topk_idx, i.topk_weights)
+
+
+def another_layer(layer):
+    other = layer.workspace.layers[1]()
+    try:
+        call(other, FAULTY)
+    finally:
+        layer.out = other.out
 
 
 @all_live
@@ -184,6 +192,9 @@ FAULTS = (
           GONE, "no error", DEADLINE_S, num_ranks=RANKS),
     Fault("two GPUs: more tokens than the capacity", "dispatch", in_a_call(too_many_tokens),
           GONE, "ValueError: hidden_states has 31 tokens", DEADLINE_S, num_ranks=RANKS),
+    Fault("two GPUs: a rank calls another layer", "dispatch", in_a_call(another_layer),
+          "rank 1 called layer 1 of the workspace, this rank layer 0|was ended by rank 1",
+          "rank 0 called layer 0 of the workspace, this rank layer 1|was ended by rank 0", DEADLINE_S, num_ranks=RANKS),
     Fault("two GPUs: memory runs out on one", "preparation", out_of_memory,
           "step preparation: rank 1 could not prepare its workspace: .*[Oo]ut of memory|allocating symmetric memory",
           "[Oo]ut of memory|allocating symmetric memory", 30.0, num_ranks=RANKS),
