@@ -116,7 +116,7 @@ def another_layer(layer):
     try:
         call(other, FAULTY)
     finally:
-        layer.out = other.out
+        layer.out, other.out = other.out, None  # what is held is counted
 
 
 @all_live
