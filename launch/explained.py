@@ -58,6 +58,22 @@ EXPLAINED = {
         {"st_release_cta_shared": {"mega_moe", "combine"},
          "ld_acquire_cta_shared": {"permute_rows", "push_rows", "help_combine"},
          "ld_relaxed_cta_shared": {"is_over", "combine", "help_combine"}}),
+    "items of an open window": Order(
+        "watch_pending of an exchange warp's last window. Before math warps read it: st.release.cta of watch_open by "
+        "the lane that stored it; each reading lane's own ld.acquire.cta of watch_open. Never stored again: the warp "
+        "goes to no further window once one is open, and what is taken of it then is taken by atomics. The warp itself "
+        "reads behind a warp barrier; is_over reads another word. racecheck does not follow flags.",
+        ("pipeline/5_combine.cuh:combine",),
+        ("ptx/ld_st.cuh:ld_relaxed_cta_shared",),
+        {"pipeline/5_combine.cuh:combine": (
+             "s.watch_pending[my_window()] = pending;\n            s.watch_idle_since[my_window()] = now_us();\n"
+             "            if (next_window(l, s, my_window()) >= num_items(l))\n"
+             "                ptx::st_release_cta_shared(&s.watch_open[my_window()], 1);\n        }\n        __syncwarp();",
+             "if (ptx::ld_relaxed_cta_shared(&s.watch_open[my_window()]))\n            break;"),
+         "pipeline/5_combine.cuh:help_combine": (
+             "if (!__all_sync(~0u, ptx::ld_acquire_cta_shared(&s.watch_open[w]))) {\n                done = false;\n"
+             "                continue;",)},
+        {"ld_relaxed_cta_shared": {"is_over", "combine", "help_combine"}}),
     "names of a tile's rows": Order(
         "Before they are read: name_rows' warp barrier and its arrival on names_full, which every math warp waits "
         "for; the store warp comes behind those, by staging_full. Before the slot is written again, four tiles on: "

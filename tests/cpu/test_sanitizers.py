@@ -54,6 +54,21 @@ RECORDED = """
 =========     and Read access at
 =========     moe::ptx::ld_relaxed_cta_shared()+0x1d4d0 in ld_st.cuh[ld.relaxed.cta.shared] [24 hazards]
 =========
+========= Error: Race reported between Read access at
+=========     moe::ptx::ld_relaxed_cta_shared()+0x132c0 in ld_st.cuh[ld.relaxed.cta.shared]
+=========     and Write access at
+=========     void moe::combine()+0x26a10 in 5_combine.cuh[s.watch_pending[my_window()] = pending;] [4 hazards]
+=========
+========= Error: Race reported between Write access at
+=========     moe::TokenGatherer::name_rows()+0x133d0 in gather_tokens.cuh[s.tile_weights[slot][r] = weight;]
+=========     and Read access at
+=========     moe::add_bias_weights_on_m() in bias.cuh[const f32 weight = second] [2156 hazards]
+=========
+========= Error: Race reported between Write access at
+=========     moe::name_rows() in load_images.cuh[s.tile_weights[slot][r] = weight;]
+=========     and Read access at
+=========     moe::add_bias_tokens_on_m() in bias.cuh[second ? weights[row]] [3472 hazards]
+=========
 ========= Error: Race reported between Write access at
 =========     moe::TokenGatherer::name_rows()+0x133d0 in gather_tokens.cuh[s.tile_rows[slot][r] = row;]
 =========     and Read access at
