@@ -68,7 +68,8 @@ EXPLAINED = {
         {"pipeline/5_combine.cuh:combine": (
              "s.watch_pending[my_window()] = pending;\n            s.watch_idle_since[my_window()] = now_us();\n"
              "            if (next_window(l, s, my_window()) >= num_items(l))\n"
-             "                ptx::st_release_cta_shared(&s.watch_open[my_window()], 1);\n        }\n        __syncwarp();",
+             "                ptx::st_release_cta_shared(&s.watch_open[my_window()], 1);\n        }\n"
+             "        __syncwarp();",
              "if (ptx::ld_relaxed_cta_shared(&s.watch_open[my_window()]))\n            break;"),
          "pipeline/5_combine.cuh:help_combine": (
              "if (!__all_sync(~0u, ptx::ld_acquire_cta_shared(&s.watch_open[w]))) {\n                done = false;\n"

