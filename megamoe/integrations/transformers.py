@@ -15,7 +15,7 @@ with or without biases, whose gating is one that MoEConfig names: Qwen3-MoE, Mix
 Sizes that are no multiple of 128 are padded with zeros at load, tokens at each call, and the output is trimmed.
 """
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from weakref import WeakKeyDictionary, finalize, ref
@@ -44,7 +44,7 @@ from megamoe.integrations.spec import SpecExperts
 from megamoe.layer import MoELayer
 from megamoe.progress import Progress
 from megamoe.workspace import Workspace
-from megamoe_cuda.gather import gather
+from megamoe_cuda.gather import busy, gather
 
 DEFAULT_CAPACITY = 4096
 
@@ -87,14 +87,15 @@ def enable(
     Returns a Serving, also usable as a context manager. Raises ValueError if the model has no MoE layer, or one that
     cannot be served (all reasons listed), or is enabled already; CheckpointError that lists all that is wrong with all
     layers' tensors. Nothing of the model is changed when it raises; where one rank refuses, all do, with its reason.
+    However long a rank loads, the others wait for it: none returns before all have their weights.
     """
     if not isinstance(ep_config, EPConfig | None):
         raise TypeError(f"ep_config={ep_config!r} must be an EPConfig, such as EPConfig(num_max_tokens_per_rank=4096)")
     group = workspace.group if workspace else group
     ep_size, ep_rank = _placement(group)
-    source, found, shared, held, problem = None, {}, {}, None, None
+    found, shared, held = {}, {}, None
     given, ep_config = ep_config, workspace.ep_config if workspace else ep_config or EPConfig(DEFAULT_CAPACITY)
-    try:
+    with _alike(ep_size, group, ep_config.arrive_deadline_s):
         if given is not None and workspace is not None:
             raise ValueError("ep_config: the workspace has one already; pass either workspace or ep_config")
         if ep_config.virtual_ranks is not None:
@@ -116,9 +117,6 @@ def enable(
             found[name] = replace(found[name], config=replace(found[name].config, num_shared_experts=count))
         source = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
         _check_source(found, source, ep_size, ep_rank)
-    except (ValueError, TypeError, OSError) as error:
-        problem = error
-    _agree(problem, ep_size, group, ep_config.arrive_deadline_s)
     device = next(iter(found.values())).device
 
     with ExitStack() as undo:
@@ -134,9 +132,11 @@ def enable(
             slots[name] = _Slot(info, layer, ep_config.num_max_tokens_per_rank, ep_size, ep_rank, donate)
             slots[name].chunks = Chunks(group, ep_size) if lockstep_chunks else None
             slots[name].shared = ref(shared[name][0]) if shared else None
-        with Progress(
-            "experts", sum(slot.bytes_in(source) for slot in slots.values()), None if ep_rank == 0 else False
-        ) as bar:
+        with (
+            _alike(ep_size, group, ep_config.arrive_deadline_s),
+            Progress("experts", sum(slot.bytes_in(source) for slot in slots.values()), None if ep_rank == 0 else False)
+            as bar,
+        ):
             for slot in slots.values():
                 slot.load(source, bar)
         serving = Serving(model, slots, workspace, owned)
@@ -366,10 +366,19 @@ def _placement(group: dist.ProcessGroup | None) -> tuple[int, int]:
     return dist.get_world_size(group), dist.get_rank(group)
 
 
-def _agree(problem: Exception | None, ep_size: int, group: dist.ProcessGroup | None, deadline_s: float) -> None:
-    """Refuse on all ranks what one of them refuses: the others would wait for it in the workspace's constructor."""
-    if ep_size > 1:
-        texts = gather(group or dist.group.WORLD, "serve", None if problem is None else str(problem), deadline_s)
+@contextmanager
+def _alike(ep_size: int, group: dist.ProcessGroup | None, deadline_s: float):
+    """Around what a rank does alone: peers wait for as long as it takes, and what one rank refuses or fails at all do:
+    the others would wait for it in the next call that takes all."""
+    group, problem = (group or dist.group.WORLD) if ep_size > 1 else None, None
+    with busy(group, deadline_s):
+        try:
+            yield
+        except Exception as error:
+            problem = error
+    if group is not None:
+        words = str(problem) if isinstance(problem, ValueError | TypeError) else f"{type(problem).__name__}: {problem}"
+        texts = gather(group, "serve", None if problem is None else words, deadline_s)
         theirs = next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None), None)
         if problem is None and theirs is not None:
             problem = ValueError(theirs)
