@@ -1,7 +1,8 @@
 """MEGAMOE_DEBUG=2: before each call, ranks tell each other which layer they are about to call, and differ aloud.
 
 Calls of different layers must come in the same order on every rank. Ranks notice by themselves that they call different
-layers, in the call; this check costs a meeting of the hosts a call and says before it who is about to do what.
+layers, in the call, but for several NVLink domains whose rows NCCL carries alone (EPConfig.domain_tokens=None); this
+check costs a meeting of the hosts a call and says before it who is about to do what.
 """
 
 import os

@@ -7,6 +7,9 @@
     meet(counts)
         counts[i][d]: rows that rank i will send to domain d -> (what each domain will send to rank i, the largest
         count of any rank). On the host: waits for every rank, at most until the deadlines.
+    start_call(layer)
+        A call of the workspace's layer number `layer` begins. Said with all that gloo carries, so that domains which
+        call different layers end by MegaMoEError; rows that NCCL carries say nothing.
     bytes_sent
         Bytes enqueued for other domains since the start.
 
@@ -46,6 +49,9 @@ class LocalTransport:
             for rank in range(len(counts))
         ]
         return received, max(map(max, counts))
+
+    def start_call(self, layer: int) -> None:
+        """One process cannot be in two calls."""
 
 
 class DistTransport:
@@ -98,19 +104,25 @@ class DistTransport:
             largest = max(int(bundle[0]) for bundle in others)
         return [[count for count, _ in received]], largest
 
+    def start_call(self, layer: int) -> None:
+        for exchange in (self._across, self._within):
+            exchange.start_call(layer)
+
     def _named(self, exchange: DistExchange, sends: list, step: str) -> list:
         try:
             return exchange.all_to_all(sends, step)
         except MegaMoEError as error:
             here, peer = self.domain * self.ranks_per_domain + self.index, error.record.index
-            if peer < 0:
+            if error.__cause__ is None:  # a header came, but of another call or layer, or damaged
+                text = f"domain {peer} sent what does not fit; of ranks of index {self.index}, counted by domain: {error}"
+            elif peer < 0:
                 text = f"rows from other domains did not arrive: {error.__cause__}"
             else:
                 text = (
                     f"domain {peer} did not come within {self._arrive_s} s: no word from its rank of index "
                     f"{self.index} ({error.__cause__})"
                 )
-                peer = peer * self.ranks_per_domain + self.index
+            peer = peer * self.ranks_per_domain + self.index if peer >= 0 else peer
             raise MegaMoEError(text, error.record._replace(rank=here, index=peer)) from error
 
 

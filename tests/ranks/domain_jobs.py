@@ -151,6 +151,24 @@ def bounds_differ(info):
         return {"told": told, "mended": agrees(layer, case, info, 2)}
 
 
+def other_layers(info):
+    """Domain 1 calls another layer of the same shape: told on both sides, nothing of it is served; reset() mends."""
+    results = {}
+    for limit in (None, 4):
+        with Workspace(SMALL, EPConfig(CAPACITY, ranks_per_domain=2, domain_tokens=limit), device="cpu") as workspace:
+            layers = MoELayer(SMALL, workspace), MoELayer(SMALL, workspace)
+            case, told = make_case(0, SMALL, info.ep_size, 4), None
+            out = torch.ones(4, SMALL.hidden, dtype=torch.bfloat16)
+            try:
+                serve(layers[info.ep_rank // 2], case, info.ep_rank, out=out)
+            except MegaMoEError as error:
+                told = str(error)
+            workspace.reset()
+            mended = all(agrees(layer, case, info, 2) for layer in layers)
+            results[str(limit)] = {"told": told, "spoiled": bool(out.isnan().all()), "mended": mended}
+    return results
+
+
 def vanished(info):
     """Domain 1 stays away from a call: the others end at their deadline and name it; reset() mends all."""
     results = {}

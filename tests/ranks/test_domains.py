@@ -31,7 +31,7 @@ def parse(output: str) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def jobs() -> list[dict[str, dict]]:
     """The reports of each rank by job: one start for all, since starting is most of the time."""
-    names = ("equal", "with_redundancy", "refused", "bounds_differ", "vanished")
+    names = ("equal", "with_redundancy", "refused", "bounds_differ", "other_layers", "vanished")
     results = spawn_ranks([JOBS, *names], 4, timeout_s=240, env={"PYTHONPATH": path_with_root()})
     for result in results:
         assert result.returncode == 0, f"rank {result.ep_rank}:\n{result.output[-4000:]}"
@@ -70,6 +70,16 @@ def test_bounds_that_differ_are_told_on_both_sides(jobs):
         other, due = 1 - number // 2, 4 + number // 2
         said = f"domain {other} sent {4 + other} rows where {due} were due; give every rank the same num_tokens_bound"
         assert said in rank["bounds_differ"]["told"] and rank["bounds_differ"]["mended"]
+
+
+def test_domains_that_call_different_layers_are_told(jobs):
+    for number, rank in enumerate(jobs):
+        here = number // 2
+        for limit in ("None", "4"):
+            found = rank["other_layers"][limit]
+            assert f"domain {1 - here} sent what does not fit" in found["told"], found
+            assert f"call 1, layer {1 - here}, " in found["told"] and f"layer {here}, " in found["told"]
+            assert found["spoiled"] and found["mended"]
 
 
 def test_a_domain_that_stays_away_is_named_in_time_and_reset_mends(jobs):
