@@ -114,7 +114,7 @@ class DistTransport:
         except MegaMoEError as error:
             here, peer = self.domain * self.ranks_per_domain + self.index, error.record.index
             if error.__cause__ is None:  # a header came, but of another call or layer, or damaged
-                text = f"domain {peer} sent what does not fit; of ranks of index {self.index}, counted by domain: {error}"
+                text = f"domain {peer} sent what does not fit; ranks of index {self.index}, counted by domain: {error}"
             elif peer < 0:
                 text = f"rows from other domains did not arrive: {error.__cause__}"
             else:
