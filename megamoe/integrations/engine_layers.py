@@ -5,10 +5,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.config import BLOCK, EPConfig, MoEConfig
+from megamoe.errors import absent_ranks_named
+from megamoe.integrations.alike import alike
 from megamoe.layer import MoELayer
 from megamoe.quant.fp8 import E4M3
 from megamoe.workspace import Workspace
 from megamoe_cuda.gather import gather
+
+LOADING_S = 600.0
+"""How much later than the first rank the last may come from the engine's own loading of files: as long as torch lets
+NCCL wait, by which engines meet. A rank that ends there is the engine's to notice."""
 
 _workspaces: dict[tuple, Workspace] = {}
 
@@ -35,7 +41,8 @@ def refuse_alike(what: str, reasons: list[str], group: dist.ProcessGroup | None)
     workspace's constructor. Collective."""
     texts = [reasons]
     if group is not None and dist.get_world_size(group) > 1:
-        texts = gather(group, "refusals", reasons, EPConfig(1).arrive_deadline_s)
+        with absent_ranks_named():
+            texts = gather(group, "refusals", reasons, LOADING_S)
     if any(texts):
         told = "; ".join(dict.fromkeys(reason for of_rank in texts for reason in of_rank))
         raise ValueError(f"megamoe cannot serve {what}: {told}")
@@ -54,10 +61,12 @@ def block_fp8_reasons(linear1: Tensor, linear1_sf, linear2: Tensor, linear2_sf) 
 def load_block_fp8(layer: MoELayer, linear1: Tensor, linear1_sf: Tensor, linear2: Tensor, linear2_sf: Tensor) -> None:
     """Weights as vLLM and SGLang hold block-FP8 experts: gate rows then up rows, fp32 scale factors that multiply.
 
-    ValueError names what is not so, in block_fp8_reasons' words."""
-    if reasons := block_fp8_reasons(linear1, linear1_sf, linear2, linear2_sf):
-        raise ValueError("; ".join(reasons))
-    layer.load_weights(linear1, linear2, linear1_sf.float().contiguous(), linear2_sf.float().contiguous())
+    Collective: what fails on one rank, such as for want of memory, is raised on all. ValueError names what is not so,
+    in block_fp8_reasons' words."""
+    with alike(layer.workspace.group, LOADING_S):
+        if reasons := block_fp8_reasons(linear1, linear1_sf, linear2, linear2_sf):
+            raise ValueError("; ".join(reasons))
+        layer.load_weights(linear1, linear2, linear1_sf.float().contiguous(), linear2_sf.float().contiguous())
 
 
 def check_linear_map(expert_map: Tensor | None, num_experts: int, ep_rank: int, ep_size: int) -> None:

@@ -15,7 +15,7 @@ with or without biases, whose gating is one that MoEConfig names: Qwen3-MoE, Mix
 Sizes that are no multiple of 128 are padded with zeros at load, tokens at each call, and the output is trimmed.
 """
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from weakref import WeakKeyDictionary, finalize, ref
@@ -36,6 +36,8 @@ except ImportError as error:
 from megamoe import torch_op
 from megamoe.checkpoint import Checkpoint, CheckpointError, expert_bytes, find_problems, load_experts
 from megamoe.config import EPConfig
+from megamoe.errors import MegaMoEError
+from megamoe.integrations.alike import alike
 from megamoe.integrations.chunks import Chunks
 from megamoe.integrations.dense import load_without_experts
 from megamoe.integrations.experts import Experts, expert_parameters, find_experts, weights_of
@@ -44,7 +46,6 @@ from megamoe.integrations.spec import SpecExperts
 from megamoe.layer import MoELayer
 from megamoe.progress import Progress
 from megamoe.workspace import Workspace
-from megamoe_cuda.gather import busy, gather
 
 DEFAULT_CAPACITY = 4096
 
@@ -93,11 +94,14 @@ def enable(
         raise TypeError(f"ep_config={ep_config!r} must be an EPConfig, such as EPConfig(num_max_tokens_per_rank=4096)")
     group = workspace.group if workspace else group
     ep_size, ep_rank = _placement(group)
+    members = (group or dist.group.WORLD) if ep_size > 1 else None
     found, shared, held = {}, {}, None
     given, ep_config = ep_config, workspace.ep_config if workspace else ep_config or EPConfig(DEFAULT_CAPACITY)
-    with _alike(ep_size, group, ep_config.arrive_deadline_s):
+    with alike(members, ep_config.arrive_deadline_s):
         if given is not None and workspace is not None:
             raise ValueError("ep_config: the workspace has one already; pass either workspace or ep_config")
+        if workspace is not None:
+            workspace.check_open()  # ranks that refuse make no layer, so the others must not either
         if ep_config.virtual_ranks is not None:
             raise ValueError(f"ep_config.virtual_ranks={ep_config.virtual_ranks}: a model is one rank; leave it None")
         if spec and workspace is not None:
@@ -124,21 +128,19 @@ def enable(
         if not spec and workspace is None:
             configs = list(dict.fromkeys(info.config for info in found.values()))
             workspace = owned = Workspace(configs, ep_config, group=group, device=device)
-            undo.callback(owned.close)
+            undo.push(_closing(owned))
         slots = {}
-        for name, info in found.items():
-            layer = SpecExperts(info.config, group) if spec else MoELayer(info.config, workspace)
-            undo.callback(layer.close)
-            slots[name] = _Slot(info, layer, ep_config.num_max_tokens_per_rank, ep_size, ep_rank, donate)
-            slots[name].chunks = Chunks(group, ep_size) if lockstep_chunks else None
-            slots[name].shared = ref(shared[name][0]) if shared else None
-        with (
-            _alike(ep_size, group, ep_config.arrive_deadline_s),
-            Progress("experts", sum(slot.bytes_in(source) for slot in slots.values()), None if ep_rank == 0 else False)
-            as bar,
-        ):
-            for slot in slots.values():
-                slot.load(source, bar)
+        with alike(members, ep_config.arrive_deadline_s):
+            for name, info in found.items():
+                layer = SpecExperts(info.config, group) if spec else MoELayer(info.config, workspace)
+                undo.callback(layer.close)
+                slots[name] = _Slot(info, layer, ep_config.num_max_tokens_per_rank, ep_size, ep_rank, donate)
+                slots[name].chunks = Chunks(group, ep_size) if lockstep_chunks else None
+                slots[name].shared = ref(shared[name][0]) if shared else None
+            size = sum(slot.bytes_in(source) for slot in slots.values())
+            with Progress("experts", size, None if ep_rank == 0 else False) as bar:
+                for slot in slots.values():
+                    slot.load(source, bar)
         serving = Serving(model, slots, workspace, owned)
         serving._held = held
         undo.pop_all()
@@ -366,21 +368,19 @@ def _placement(group: dist.ProcessGroup | None) -> tuple[int, int]:
     return dist.get_world_size(group), dist.get_rank(group)
 
 
-@contextmanager
-def _alike(ep_size: int, group: dist.ProcessGroup | None, deadline_s: float):
-    """Around what a rank does alone: peers wait for as long as it takes, and what one rank refuses or fails at all do:
-    the others would wait for it in the next call that takes all."""
-    group, problem = (group or dist.group.WORLD) if ep_size > 1 else None, None
-    with busy(group, deadline_s):
+def _closing(workspace: Workspace):
+    """For ExitStack.push. What all ranks fail at together ends in close(). An interrupt, or the absence of a peer, may
+    be this rank's alone: close(), collective on GPUs, would wait for peers and hide it."""
+
+    def leave(kind, error, trace) -> None:
+        alone = kind is not None and (not issubclass(kind, Exception) or issubclass(kind, MegaMoEError))
+        if alone and workspace.is_cuda and workspace.ep_size > 1:
+            workspace.abandon()
+            return
         try:
-            yield
-        except Exception as error:
-            problem = error
-    if group is not None:
-        words = str(problem) if isinstance(problem, ValueError | TypeError) else f"{type(problem).__name__}: {problem}"
-        texts = gather(group, "serve", None if problem is None else words, deadline_s)
-        theirs = next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None), None)
-        if problem is None and theirs is not None:
-            problem = ValueError(theirs)
-    if problem is not None:
-        raise problem
+            workspace.close()
+        except MegaMoEError:
+            if error is None:
+                raise
+
+    return leave

@@ -1,27 +1,59 @@
-"""enable() on two ranks that are not alike: what one refuses or fails at both say, and they wait for one that loads."""
+"""enable() and the engines' adapters on two ranks that are not alike: what one refuses or fails at both say, and they
+wait for one that loads."""
 
 import sys
 import time
+from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="not run: transformers is not installed")
 
-from megamoe import EPConfig
+from megamoe import EPConfig, MegaMoEError, MoEConfig, MoELayer, Workspace
+from megamoe.integrations import engine_layers
 from megamoe.integrations import transformers as serve
+from megamoe.integrations.alike import alike
 from megamoe.integrations.dense import load_without_experts
-from megamoe.integrations.engine_layers import refuse_alike
+from megamoe.integrations.engine_layers import load_block_fp8, refuse_alike
+from megamoe.integrations.experts import find_experts
 from megamoe.integrations.tiny import save_tiny_model
 from megamoe.integrations.transformers import enable
 from megamoe.ranks import init_process_group
+from megamoe.testing.data import make_case
 from megamoe.testing.spawn import spawn_ranks
+from megamoe_cuda.gather import gather
 
 
 def test_two_ranks_refuse_fail_and_load_together(tmp_path):
     (tmp_path / "empty").mkdir()
     results = spawn_ranks([__file__, save_tiny_model(tmp_path / "tiny"), tmp_path / "empty"], 2)
     assert [r.returncode for r in results] == [0, 0], "\n".join(r.output for r in results)
+
+
+@pytest.mark.parametrize(("kind", "ended"), [(None, "close"), (ValueError, "close"), (KeyboardInterrupt, "abandon"),
+                                             (MegaMoEError, "abandon")])  # fmt: skip
+@pytest.mark.parametrize("closes", [True, False])
+def test_what_may_be_one_ranks_alone_is_not_hidden_by_a_collective_close(kind, ended, closes):
+    done = []
+
+    def close():
+        done.append("close")
+        if not closes:
+            raise MegaMoEError("rank 1 did not come")
+
+    workspace = SimpleNamespace(is_cuda=True, ep_size=2, close=close, abandon=lambda: done.append("abandon"))
+    expected = (() if closes else MegaMoEError) if kind is None else kind
+    try:
+        with ExitStack() as stack:
+            stack.push(serve._closing(workspace))
+            if kind is not None:
+                raise kind("the first")
+        assert not expected
+    except BaseException as error:
+        assert type(error) is expected and (kind is None or str(error) == "the first")
+    assert done == [ended]
 
 
 def refused_together(model, checkpoint: str, empty: str, rank: int) -> None:
@@ -66,10 +98,67 @@ def loaded_together(model, checkpoint: str, rank: int) -> None:
     serve.load_experts = shipped
 
 
+def poisoned_together(model, checkpoint: str, rank: int) -> None:
+    """Of a workspace that one rank alone refuses, both make no layer: its next ones have one number on both."""
+    configs = list({info.config for info in find_experts(model, "bf16").values()})
+    with Workspace(configs, EPConfig(64, arrive_deadline_s=4.0), device="cpu") as workspace:
+        arguments = {"weight_format": "bf16", "workspace": workspace, "checkpoint": checkpoint}
+        if rank:
+            workspace.poison(MegaMoEError("an id was out of range"))
+        try:
+            enable(model, **arguments)
+            raise AssertionError("a workspace that a peer refuses was taken")
+        except (ValueError, MegaMoEError) as error:
+            assert "an id was out of range" in str(error) and "call workspace.reset()" in str(error), error
+        workspace.reset()
+        with enable(model, **arguments):
+            model(torch.arange(4).view(1, 4))
+
+
+def loaded_by_engines_together(rank: int) -> None:
+    """One rank fails alone, where no next call of its own would have told the other."""
+    config = MoEConfig(256, 128, 8, 2)
+    weights, deadlines = make_case(0, config, 2, 0, ranks=[rank]).weights[0], []
+    with Workspace(config, EPConfig(8, arrive_deadline_s=4.0), device="cpu") as workspace:
+        layer = MoELayer(config, workspace)
+        tensors = weights.linear1, weights.linear1_sf, weights.linear2, weights.linear2_sf
+        load_block_fp8(layer, *tensors)
+        if rank:
+            layer.load_weights = lambda *_: torch.empty(1 << 60)
+        try:
+            load_block_fp8(layer, *tensors)
+            raise AssertionError("what failed on one rank was not told to the other")
+        except (ValueError, RuntimeError) as error:
+            assert "memory" in str(error) and (rank or "rank 1: RuntimeError: " in str(error)), error
+    shipped = engine_layers.gather
+    engine_layers.gather = lambda *args: deadlines.append(args[3]) or shipped(*args)
+    refuse_alike("this layer", [], torch.distributed.group.WORLD)
+    engine_layers.gather = shipped
+    assert deadlines == [engine_layers.LOADING_S] and deadlines[0] > 5 * EPConfig(8).arrive_deadline_s
+
+
+def absent(rank: int) -> None:
+    """A peer that does not come is named by who is well; who is not tells its own failure."""
+    world = torch.distributed.group.WORLD
+    for problem in (None, OSError("the disk is gone")):
+        try:
+            if rank == 0:
+                with alike(world, 0.5):
+                    if problem is not None:
+                        raise problem
+                raise AssertionError("the absence of a peer was not told")
+        except (MegaMoEError, OSError) as error:
+            assert error is problem or "role host step serve: rank 0 waited 0.5 s at serve for rank 1" in str(error)
+        gather(world, "absent")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     own_rank = init_process_group().ep_rank
     plain = load_without_experts(sys.argv[1], dtype=torch.float32)
     refused_together(plain, *sys.argv[1:], own_rank)
     loaded_together(plain, sys.argv[1], own_rank)
+    poisoned_together(plain, sys.argv[1], own_rank)
+    loaded_by_engines_together(own_rank)
+    absent(own_rank)
     torch.distributed.destroy_process_group()
