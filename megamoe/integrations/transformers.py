@@ -379,7 +379,7 @@ def _closing(workspace: Workspace):
             return
         try:
             workspace.close()
-        except MegaMoEError:
+        except Exception:
             if error is None:
                 raise
 
