@@ -42,7 +42,7 @@ from megamoe.integrations.chunks import Chunks
 from megamoe.integrations.dense import load_without_experts
 from megamoe.integrations.experts import Experts, expert_parameters, find_experts, weights_of
 from megamoe.integrations.shared import IMPLEMENTATION, append_shared, find_shared, fold, unfold, unfold_id
-from megamoe.integrations.spec import SpecExperts
+from megamoe.integrations.spec import SpecExperts, exchange_of
 from megamoe.layer import MoELayer
 from megamoe.progress import Progress
 from megamoe.workspace import Workspace
@@ -130,6 +130,8 @@ def enable(
             workspace = owned = Workspace(configs, ep_config, group=group, device=device)
             undo.push(_closing(owned))
         slots = {}
+        if spec:
+            exchange_of(group)  # may make a group of its own, collective: no rank may be elsewhere meanwhile
         with alike(members, ep_config.arrive_deadline_s):
             for name, info in found.items():
                 layer = SpecExperts(info.config, group) if spec else MoELayer(info.config, workspace)
