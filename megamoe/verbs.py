@@ -117,6 +117,7 @@ def layout_main(argv: list[str]) -> int:
              ("--tokens", "--num-max-tokens-per-rank"): 512, ("--ep-size",): 2}
     for names, default in sizes.items():
         parser.add_argument(*names, type=int, default=default, help=f"default {default}")
+    parser.add_argument("--weight-format", choices=("fp8", "mxfp4"), default="fp8", help="default fp8")
     parser.add_argument("--json", action="store_true", help="one JSON object a region")
     parser.add_argument("--write-header", action="store_true",
                         help="write csrc/params.gen.cuh from megamoe/layout.py instead")
@@ -139,7 +140,7 @@ def layout_main(argv: list[str]) -> int:
     from megamoe import EPConfig, MoEConfig, support
 
     try:
-        config = MoEConfig(given.hidden, given.intermediate, given.experts, given.topk)
+        config = MoEConfig(given.hidden, given.intermediate, given.experts, given.topk, given.weight_format)
         ep_config = EPConfig(given.tokens)
         reasons = list(support(config, ep_config, ep_size=given.ep_size).reasons)
         # Without a device `support` judges what any of them could do; the table is the kernel's.

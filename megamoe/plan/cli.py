@@ -105,6 +105,8 @@ def main(argv=None):
         if args.png and not find_spec("matplotlib"):
             raise ValueError(f"--png {args.png} needs matplotlib, which is missing; pip install 'megamoe[plot]'")
         return _compare(args) if args.compare else _plan(args)
+    except BrokenPipeError:
+        raise  # its reader has read enough
     except (ValueError, OSError) as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2
