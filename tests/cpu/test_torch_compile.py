@@ -154,6 +154,8 @@ def test_micro_batches_share_weights_and_give_what_one_call_gives():
             batches.run([*steps, steps[0]])
     assert all(w.closed for w in batches.workspaces)
     assert sm_budgets(132, 3) == [44] * 3 and sm_budgets(114, 2) == [56] * 2
+    with pytest.raises(ValueError, match="count=0 must be at least 1"):
+        MicroBatches(CONFIG, EPConfig(8), count=0, device="cpu")
     with pytest.raises(ValueError, match="count=70 micro-batches do not fit on 132 SMs"):
         sm_budgets(132, 70)
     assert weights.linear1.shape[0] == 8
