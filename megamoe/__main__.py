@@ -8,7 +8,7 @@ from importlib import import_module
 # able to say that torch is missing.
 VERBS = {
     "doctor": ("megamoe.doctor", "main", "what this machine has, what is missing, and the remedy [--json]"),
-    "compile": ("megamoe.verbs", "compile_main", "compile every kernel configuration; needs no GPU [--json]"),
+    "compile": ("megamoe.verbs", "compile_main", "compile the kernels into the cache; needs no GPU [--json]"),
     "layout": ("megamoe.verbs", "layout_main", "what lies where in a rank's memory, for given sizes [--json]"),
     "trace": ("megamoe.trace", "main", "one call's times per CTA and role, for Perfetto; needs a GPU [--json]"),
     "verify": (

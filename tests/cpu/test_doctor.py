@@ -152,6 +152,12 @@ def test_kernels_are_all_built_and_a_bad_one_is_wrong(monkeypatch, capsys, tmp_p
     assert [report.name for report in reports] == [build.name for build in builds.kernel_builds()]
     assert not any(report.problem for report in reports) and all(report.registers > 0 for report in reports)
     assert verbs.compile_main([]) == 0
+    for options in (["--plans"], ["--extras"], ["--extras", "--plans"]):
+        capsys.readouterr()
+        assert verbs.compile_main(["--json", *options]) == 0
+        names = [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()]
+        chosen = builds.kernel_builds(extras="--extras" in options, plans="--plans" in options)
+        assert names == [build.name for build in chosen]
 
     sources["mega_moe.cu"] = sources["mega_moe.cu"].replace("*p", "*q")
     assert all("does not compile" in report.problem for report in verbs.build_reports())
