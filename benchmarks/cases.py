@@ -74,14 +74,14 @@ def parse_cases(text: str, cases: dict[str, Case]) -> list[Case]:
     return chosen
 
 
-def parse_tokens(text: str) -> list[int]:
+def parse_tokens(text: str, flag: str = "--tokens") -> list[int]:
     """'0,1,8' -> [0, 1, 8]. ValueError for what is not a list of integers >= 0."""
     try:
         tokens = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         tokens = []
     if not tokens or min(tokens) < 0:
-        raise ValueError(f"--tokens {text!r} must be integers >= 0 separated by commas, such as 1,8,512")
+        raise ValueError(f"{flag} {text!r} must be integers >= 0 separated by commas, such as 1,8,512")
     return tokens
 
 

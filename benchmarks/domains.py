@@ -72,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
 def variants(ep_size: int, ranks_per_domain: int, domain_tokens: int, capacity: int) -> list[Variant]:
     """One domain; several with fixed pieces; several with rounds. ValueError where that is no division."""
     if not 1 <= ranks_per_domain < ep_size:
-        raise ValueError(f"--ranks-per-domain {ranks_per_domain}: several domains of {ep_size} ranks have fewer each")
+        raise ValueError(f"--ranks-per-domain {ranks_per_domain}: several domains of {ep_size} ranks have fewer each; "
+                         "start more ranks, or give --virtual-ranks")
     EPConfig(1, ranks_per_domain=ranks_per_domain).num_domains(ep_size)
     name = f"{ep_size // ranks_per_domain} domains of {ranks_per_domain}"
     return [

@@ -34,9 +34,11 @@ import torch.distributed as dist
 
 if __name__ == "__main__":
     import checkout  # noqa: F401 (makes this checkout's packages importable; it lies beside this file)
+from benchmarks.cases import parse_choices, parse_tokens
 from benchmarks.record import machine
 from benchmarks.results import IN_MODEL_DIR, append_json
 from megamoe import EPConfig, MoEConfig, MoELayer, Workspace, support
+from megamoe.config import WEIGHT_FORMATS
 from megamoe.integrations.dequantized import round_experts
 from megamoe.integrations.experts import find_experts
 from megamoe.integrations.logits import eager_logits, logits_error, served_logits
@@ -44,6 +46,7 @@ from megamoe.integrations.tiny import FAMILIES, tiny_model
 from megamoe.integrations.transformers import IMPLEMENTATION, enable
 from megamoe.ranks import init_process_group, rank_from_env
 
+PARTS = ("logits", "overhead", "block", "text")
 MODEL_SIZES = {
     "qwen3_moe": {"hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 32, "num_experts_per_tok": 4},
     "mixtral": {"hidden_size": 1024, "intermediate_size": 1024},
@@ -250,8 +253,9 @@ def line(row: dict) -> str:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="logits,overhead,block")
-    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--parts", default="logits,overhead,block",
+                        help=f"some of {','.join(PARTS)}; default %(default)s")  # fmt: skip
+    parser.add_argument("--families", default=",".join(FAMILIES), help="of models, for logits; default %(default)s")
     parser.add_argument("--formats", default="fp8,mxfp4", help="number formats of the experts, for logits")
     parser.add_argument("--positions", type=int, help="over all ranks; default 4096, on a CPU 64")
     parser.add_argument("--sequence", type=int, help="tokens a forward; default 512, on a CPU 32")
@@ -268,6 +272,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     given = parser().parse_args(argv)
+    try:
+        parts, families, formats = (parse_choices(f"--{name}", getattr(given, name), allowed) for name, allowed in (
+            ("parts", PARTS), ("families", tuple(FAMILIES)), ("formats", WEIGHT_FORMATS)))  # fmt: skip
+        batches = parse_tokens(given.batches, "--batches")
+    except ValueError as error:
+        print(f"in_model.py: {error}", file=sys.stderr)
+        return 2
     own_group = rank_from_env().ep_size > 1 and not dist.is_initialized()
     rank = init_process_group() if rank_from_env().ep_size > 1 else rank_from_env()
     on_cuda = torch.cuda.is_available()
@@ -288,11 +299,11 @@ def main(argv: list[str] | None = None) -> int:
             if given.results and not wrong:
                 append_json(row | facts, given.results)
 
-    parts, begin = given.parts.split(","), time.perf_counter()
+    begin = time.perf_counter()
     if "logits" in parts:
-        for family in given.families.split(","):
+        for family in families:
             sizes = MODEL_SIZES[family] if on_cuda else {}
-            for row in logits_rows(family, given.formats.split(","), device, positions, sequence, sizes):
+            for row in logits_rows(family, formats, device, positions, sequence, sizes):
                 tell(row)
     if "overhead" in parts:
         tell(overhead_row(device))
@@ -300,10 +311,9 @@ def main(argv: list[str] | None = None) -> int:
         from benchmarks.in_model_text import text_rows
 
         seconds = given.seconds or (40 if on_cuda else 3)
-        for row in text_rows(given.formats.split(","), device, seconds, given.bytes, given.model):
+        for row in text_rows(formats, device, seconds, given.bytes, given.model):
             tell(row)
     if "block" in parts:
-        batches = [int(batch) for batch in given.batches.split(",")]
         for row in block_rows(device, batches, BLOCK_SIZES if on_cuda else SMALL_BLOCK):
             tell(row)
     if rank.ep_rank == 0:

@@ -11,6 +11,7 @@ bit for bit with the layer's without a plan: exit status 1 if one differs. "room
 import argparse
 import json
 import statistics
+import sys
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -20,10 +21,11 @@ if __name__ == "__main__":
 from benchmarks.bench import make_setup, run_script  # first: it sets what the libraries read when they are loaded
 
 # isort: split
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.cases import load_cases, parse_cases
+from benchmarks.cases import load_cases, parse_cases, parse_tokens
 from benchmarks.inputs import make_tokens, make_weights
 from benchmarks.record import machine
 from benchmarks.results import REPLICAS_DIR, append_json
@@ -121,13 +123,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv=None) -> int:
     given = parser().parse_args(argv)
-    setup = make_setup(given)
+    try:
+        setup = make_setup(given)
+        if len(cases := parse_cases(given.case, load_cases())) > 1:
+            raise ValueError(f"--case {given.case}: one at a time")
+        case, tokens = cases[0], parse_tokens(given.tokens)
+        plan_experts(np.ones((1, case.num_experts)), num_ranks=setup.ep_size, num_redundant_experts=given.redundant)
+    except ValueError as error:
+        print(f"replicas.py: {error}", file=sys.stderr)
+        return 2
     facts = machine(setup.device, setup.num_gpus, given.commit)
-    (case,) = parse_cases(given.case, load_cases())
     case = replace(case, weight_format=given.weight_format)
     weights = [make_weights(case, setup.experts_of(case, rank), setup.seed, setup.device) for rank in setup.ranks_here]
     rows, failed = [], False
-    for num_tokens in map(int, given.tokens.split(",")):
+    for num_tokens in tokens:
         count = num_routings(pick_protocol("auto", num_tokens, setup.device.type == "cuda"), num_tokens)
         routings = [[make_tokens(case, rank, num_tokens, given.routing, i, setup.seed, setup.device)
                      for rank in setup.ranks_here] for i in range(count)]  # fmt: skip

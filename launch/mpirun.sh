@@ -10,6 +10,10 @@ if ! command -v mpirun >/dev/null; then
 fi
 ranks=$1
 shift
+if [[ ! $ranks =~ ^[1-9][0-9]*$ ]]; then
+    echo "launch/mpirun.sh: NUM_RANKS '$ranks' must be a number of at least 1" >&2
+    exit 2
+fi
 # A rank has threads of its own (compiler, NCCL, NVSHMEM); bound to one core, Open MPI's default, they would share it.
 options=(-n "$ranks" --oversubscribe --bind-to none)
 [[ -f $here/hosts ]] && options=(-n "$ranks" --hostfile "$here/hosts" --bind-to none)

@@ -331,6 +331,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--commit", help="commit hash to record, '-dirty' at its end if it is (default: ask git)")
     parser.add_argument("--merge", type=Path, nargs="+", metavar="OTHER", help="run nothing: take over other folders")
     given = parser.parse_args(argv)
+    try:
+        re.compile(given.only or "")
+    except re.error as error:
+        parser.error(f"--only {given.only!r} is no regular expression: {error}")
     folder = given.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if given.merge:
@@ -343,8 +347,10 @@ def main(argv: list[str] | None = None) -> int:
     gpus = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or map(str, range(count))
     facts = machine(given.commit, count)
     runner = Runner(folder, facts, given.limit)
-    wanted = [step for step in steps(folder, given.seconds, given.seed, count, facts["device"])
-              if given.only is None or re.search(given.only, step.name)]  # fmt: skip
+    there = steps(folder, given.seconds, given.seed, count, facts["device"])
+    wanted = [step for step in there if given.only is None or re.search(given.only, step.name)]
+    if not wanted:
+        parser.error(f"--only {given.only!r} is in no step's name; they are {', '.join(step.name for step in there)}")
     spread(wanted, list(gpus)[:count], runner.run)
     return int(runner.failed)
 

@@ -7,6 +7,10 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if (($# < 1)); then sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; fi
 most=$1
 shift
+if [[ ! $most =~ ^[1-9][0-9]*$ ]]; then
+    echo "launch/scale.sh: MAX_RANKS '$most' must be a number of at least 1" >&2
+    exit 2
+fi
 launcher=$here/torchrun.sh
 if command -v mpirun >/dev/null && python3 -c 'import mpi4py.MPI' 2>/dev/null; then launcher=$here/mpirun.sh; fi
 size=1

@@ -5,6 +5,10 @@ set -euo pipefail
 if (($# < 2)); then sed -n '2,3s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; fi
 ranks=$1
 shift
+if [[ ! $ranks =~ ^[1-9][0-9]*$ ]]; then
+    echo "launch/torchrun.sh: NUM_RANKS '$ranks' must be a number of at least 1" >&2
+    exit 2
+fi
 # Ranks share the cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec python3 -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$@"

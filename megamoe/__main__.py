@@ -1,5 +1,6 @@
 """python -m megamoe VERB: what a person asks of an installed megamoe. Each verb has its own --help."""
 
+import os
 import sys
 from importlib import import_module
 
@@ -7,7 +8,7 @@ from importlib import import_module
 # able to say that torch is missing.
 VERBS = {
     "doctor": ("megamoe.doctor", "main", "what this machine has, what is missing, and the remedy [--json]"),
-    "compile": ("megamoe.verbs", "compile_main", "compile every kernel configuration; needs no GPU [--json]"),
+    "compile": ("megamoe.verbs", "compile_main", "compile the kernels into the cache; needs no GPU [--json]"),
     "layout": ("megamoe.verbs", "layout_main", "what lies where in a rank's memory, for given sizes [--json]"),
     "trace": ("megamoe.trace", "main", "one call's times per CTA and role, for Perfetto; needs a GPU [--json]"),
     "verify": (
@@ -64,5 +65,16 @@ def main(argv: list[str]) -> int:
     return getattr(import_module(module), function)(arguments)
 
 
+def run() -> int:
+    """main(), of which a reader such as `head` may have read enough."""
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        return 1
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run())

@@ -13,17 +13,17 @@ WEIGHT_FORMATS = ("fp8", "mxfp4", "bf16")
 ACTIVATIONS = ("swiglu", "swiglu_oai")
 
 
-def _check_int(name: str, value, low: int, high: int | None = None) -> None:
+def _check_int(name: str, value, low: int, high: int | None = None, multiple: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r} has type {type(value).__name__}; pass an int")
     if value < low or (high is not None and value > high):
         wanted = f"at least {low}" if high is None else f"between {low} and {high}"
-        nearest = low if value < low else high
+        nearest = max(low, multiple) if value < low else high
         raise ValueError(f"{name}={value} must be {wanted}; nearest legal value {nearest}")
 
 
 def _check_multiple(name: str, value, multiple: int) -> None:
-    _check_int(name, value, 1)
+    _check_int(name, value, 1, multiple=multiple)
     if value % multiple:
         below, above = value // multiple * multiple, (value // multiple + 1) * multiple
         nearest = f"{below}, {above}" if below else f"{above}"

@@ -9,6 +9,7 @@ from torch._C._dynamo.guards import TensorGuards
 
 from megamoe.config import BLOCK, EPConfig, MoEConfig
 from megamoe.layout import MXFP4_GROUP
+from megamoe.plan.plan import ExpertPlan
 from megamoe.quant import mxfp4
 from megamoe.quant.fp8 import E4M3, quantize_blocks
 from megamoe.steps import ExpertWeights, RankInput
@@ -374,6 +375,8 @@ def equal_dtypes(inputs: Sequence[RankInput]) -> None:
 
 def plan_placement(config: MoEConfig, ep_config: EPConfig, ep_size: int, plan, plan_layer: int):
     """The plan's experts by rank, int [ep_size, slots of the plan]. ValueError when it is not for this layer."""
+    if not isinstance(plan, ExpertPlan):
+        raise TypeError(f"plan has type {type(plan).__name__}; pass an ExpertPlan, such as plan_experts() makes")
     if not 0 <= plan_layer < plan.num_layers:
         raise ValueError(f"plan_layer={plan_layer}: the plan has {plan.num_layers} layers")
     if (plan.num_logical_experts, plan.num_ranks) != (config.num_experts, ep_size):

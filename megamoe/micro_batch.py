@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megamoe.config import EPConfig, MoEConfig
 from megamoe.layer import MoELayer
+from megamoe.support import parse_device
 from megamoe.workspace import Workspace
 
 
@@ -38,7 +39,9 @@ class MicroBatches:
     ):  # fmt: skip
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = parse_device(device)
+        if count < 1:
+            raise ValueError(f"count={count} must be at least 1; 2 let one micro-batch's waits hide the other's work")
         on_cuda = self.device.type == "cuda"
         num_sms = ep_config.num_sms
         if num_sms is None and on_cuda:

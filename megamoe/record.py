@@ -5,6 +5,7 @@
 """
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -58,29 +59,51 @@ class Recorder:
 
 def main(argv: list[str] | None = None) -> int:
     """The verb: serve a transformers model's experts on prompts and save what they were asked for."""
-    parser = argparse.ArgumentParser(prog="python -m megamoe record", description=__doc__.partition(":")[0])
+    parser = argparse.ArgumentParser(prog="python -m megamoe record", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
-    add("--model", default="tiny", help="folder of a Qwen3-MoE, or `tiny`: random weights (default)")
+    add("--model", default="tiny", help="folder of a model that generate takes, or `tiny` (default), `tiny-mixtral`, "
+        "...: random weights")  # fmt: skip
     add("--prompt", action="append", help="text to continue; repeat for more")
     add("--max-new-tokens", type=int, default=16, help="of each prompt (default 16)")
     add("--out", required=True, help="npz to write")
     given = parser.parse_args(argv)
     from megamoe.integrations import generate
-    from megamoe.integrations.transformers import enable
 
-    how = generate.parse(["--model", given.model, "--max-new-tokens", str(given.max_new_tokens)])
+    out = Path(given.out)
+    if out.suffix != ".npz":  # as NumPy would name it
+        out = out.with_name(f"{out.name}.npz")
+    if not out.resolve().parent.is_dir():  # before a model has run, not after
+        parser.error(f"--out {out}: its folder is not there; make it first")
+    prompts = [f"--prompt={text}" for text in given.prompt or ()]
+    how = generate.parse(["--model", given.model, "--max-new-tokens", str(given.max_new_tokens), *prompts],
+                         refuse=parser.error)  # fmt: skip
+    try:
+        steps, layers, experts = _record(how, out)
+    except (ValueError, OSError) as error:
+        print(f"record: {error}", file=sys.stderr)
+        return 2
+    print(f"{out}: {steps} steps of {layers} layers with {experts} experts")
+    return 0
+
+
+def _record(how: argparse.Namespace, out: Path) -> tuple[int, int, int]:
+    """-> the shape of what was saved: steps, layers, experts"""
     from transformers import AutoTokenizer
 
-    with ExitStack() as stack:
-        if how.model == "tiny":
-            from megamoe.integrations.tiny import save_tiny_model
+    from megamoe.integrations import generate
+    from megamoe.integrations.tiny import save_tiny_model
+    from megamoe.integrations.transformers import enable
 
-            how.model = save_tiny_model(stack.enter_context(tempfile.TemporaryDirectory()))
+    with ExitStack() as stack:
+        if how.family is not None:
+            how.model = save_tiny_model(stack.enter_context(tempfile.TemporaryDirectory()), family=how.family)
         tokenizer = AutoTokenizer.from_pretrained(how.model)
         device = torch.device(how.device)
         model = generate.load(how, device)
-        prompts = given.prompt or how.prompt
-        ids = [tokenizer(text, return_tensors="pt")["input_ids"].to(device) for text in prompts]
+        ids = [tokenizer(text, return_tensors="pt")["input_ids"].to(device) for text in how.prompt]
+        if any(not one.numel() for one in ids):
+            raise ValueError(f"--model {how.model}: its tokenizer makes no token of a prompt; are its files there?")
         ep_config = EPConfig(max(one.shape[1] for one in ids), num_staged_experts=1)
         with enable(model, ep_config=ep_config, weight_format=how.weight_format) as serving:
             recorder = Recorder(serving.layers)
@@ -88,7 +111,5 @@ def main(argv: list[str] | None = None) -> int:
                 generate.greedy(model, serving, one, how.max_new_tokens, tokenizer.eos_token_id, device,
                                 on_step=recorder.step)  # fmt: skip
             serving.check()
-            recorder.save(given.out)
-            steps, layers, experts = recorder.arrays()["load"].shape
-    print(f"{Path(given.out)}: {steps} steps of {layers} layers with {experts} experts")
-    return 0
+            recorder.save(out)
+            return recorder.arrays()["load"].shape

@@ -63,8 +63,16 @@ def support(
         ep_size //= num_domains
         ep_config = domain_ep_config(ep_config, num_domains, ep_size, None)
     if device is not None:
-        reasons += _device_reasons(config, ep_config, ep_size, torch.device(device))
+        reasons += _device_reasons(config, ep_config, ep_size, parse_device(device))
     return Report(not reasons, tuple(reasons))
+
+
+def parse_device(device: torch.device | str) -> torch.device:
+    """ValueError where torch knows no such device."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device={device!r} is no device of torch; use 'cuda' or 'cpu'") from None
 
 
 def _shared_reasons(config: MoEConfig, ep_config: EPConfig | None, num_domains: int) -> list[str]:

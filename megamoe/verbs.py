@@ -1,4 +1,4 @@
-"""python -m megamoe layout | compile: the memory table, and every kernel configuration's registers and spills."""
+"""python -m megamoe layout | compile: the memory table, and the kernels' registers and spills."""
 
 import argparse
 import dataclasses
@@ -35,7 +35,8 @@ class BuildReport:
 
 
 def build_reports(builds: Sequence[KernelBuild] | None = None) -> Iterator[BuildReport]:
-    """Compiles configurations, by default every one that the fused engine can ask for. Needs NVRTC, no GPU.
+    """Compiles configurations, by default every tile of both weight formats, without extras or plans. Needs NVRTC, no
+    GPU.
 
     A configuration that does not compile, spills, or draws a remark on serialised wgmma or ignored setmaxnreg is
     reported with its problem; nothing is raised for it."""
@@ -62,17 +63,21 @@ def build_report(build: KernelBuild) -> BuildReport:
 def compile_main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m megamoe compile",
-        description="Compiles every kernel configuration into the cache. Exit status 1 if one does not compile, spills "
-                    "registers, or has its wgmma serialised or its setmaxnreg ignored.")
+        description="Compiles kernels into the cache: every tile of both weight formats. Exit status 1 if one does not "
+                    "compile, spills registers, or has its wgmma serialised or its setmaxnreg ignored.")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--config", help="a model's config.json, or its directory: only what this model can choose")
     parser.add_argument("--ep-size", type=int, default=1, help="with --config: ranks (default 1)")
     parser.add_argument("--tokens", type=int, default=4096, help="with --config: capacity of a rank (default 4096)")
+    parser.add_argument("--extras", action="store_true", help="instead, the builds for swiglu_oai, biases and shared "
+                        "experts; --config knows by itself")
+    parser.add_argument("--plans", action="store_true", help="instead, the builds of workspaces with room for expert "
+                        "plans")
     given = parser.parse_args(argv)
-    bad, said, builds = 0, "", None
+    bad, said, builds = 0, "", kernel_builds(given.extras, given.plans)
     if given.config is not None:
         try:
-            builds = _builds_of(given.config, given.ep_size, given.tokens)
+            builds = _builds_of(given.config, given.ep_size, given.tokens, given.plans)
         except (ValueError, OSError) as error:
             print(f"compile: {error}", file=sys.stderr)
             return 2
@@ -88,7 +93,7 @@ def compile_main(argv: list[str]) -> int:
     return 1 if bad else 0
 
 
-def _builds_of(path: str, ep_size: int, capacity: int) -> list[KernelBuild]:
+def _builds_of(path: str, ep_size: int, capacity: int, plans: bool) -> list[KernelBuild]:
     from megamoe.config import EPConfig
     from megamoe.engine_fused import builds_of
     from megamoe.hf_config import moe_config_of
@@ -99,7 +104,8 @@ def _builds_of(path: str, ep_size: int, capacity: int) -> list[KernelBuild]:
     if not report.ok:
         raise ValueError("; ".join(report.reasons))
     print(f"{path}: {config}", file=sys.stderr)
-    return [kernel_build(block, form, extras) for form, block, extras in builds_of([config], ep_size, capacity)]
+    return [kernel_build(block, form, extras, plans=plans)
+            for form, block, extras in builds_of([config], ep_size, capacity)]
 
 
 def verify_main(argv: list[str]) -> int:
@@ -117,6 +123,7 @@ def layout_main(argv: list[str]) -> int:
              ("--tokens", "--num-max-tokens-per-rank"): 512, ("--ep-size",): 2}
     for names, default in sizes.items():
         parser.add_argument(*names, type=int, default=default, help=f"default {default}")
+    parser.add_argument("--weight-format", choices=("fp8", "mxfp4"), default="fp8", help="default fp8")
     parser.add_argument("--json", action="store_true", help="one JSON object a region")
     parser.add_argument("--write-header", action="store_true",
                         help="write csrc/params.gen.cuh from megamoe/layout.py instead")
@@ -139,7 +146,7 @@ def layout_main(argv: list[str]) -> int:
     from megamoe import EPConfig, MoEConfig, support
 
     try:
-        config = MoEConfig(given.hidden, given.intermediate, given.experts, given.topk)
+        config = MoEConfig(given.hidden, given.intermediate, given.experts, given.topk, given.weight_format)
         ep_config = EPConfig(given.tokens)
         reasons = list(support(config, ep_config, ep_size=given.ep_size).reasons)
         # Without a device `support` judges what any of them could do; the table is the kernel's.

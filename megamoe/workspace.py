@@ -13,7 +13,7 @@ from megamoe.domains.places import Place, check_domains, domains_of, place_of
 from megamoe.errors import MegaMoEError, absent_ranks_named
 from megamoe.exchange import DistExchange, LocalExchange
 from megamoe.streams import StreamOwner, current_stream_handle
-from megamoe.support import support
+from megamoe.support import parse_device, support
 from megamoe_cuda.gather import gather
 
 
@@ -234,7 +234,7 @@ def _check_types(moe_configs, ep_config) -> None:
 def _device(device: torch.device | str | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    device = parse_device(device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     return device

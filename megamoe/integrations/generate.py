@@ -8,15 +8,17 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 from megamoe.config import WEIGHT_FORMATS, EPConfig
 from megamoe.integrations.logits import eager_logits, logits_error, served_logits, serving_logits
-from megamoe.integrations.tiny import save_tiny_model, tiny_family
+from megamoe.integrations.tiny import TINY_NAMES, save_tiny_model, tiny_family
 from megamoe.integrations.transformers import Serving, enable
 from megamoe.ranks import RankInfo, init_process_group, rank_from_env
 
@@ -37,7 +39,8 @@ the error table
 """
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None, refuse: Callable[[str], NoReturn] | None = None) -> argparse.Namespace:
+    """refuse: says what is wrong with the arguments and ends; default: as argparse does."""
     parser = argparse.ArgumentParser(
         prog="python -m megamoe.integrations.generate", epilog=EPILOG, description=__doc__.partition(": ")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -56,18 +59,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--local-experts", action="store_true", help="read only this rank's experts from the files; the comparison "
         "with eager is then not run, since no rank has them all")  # fmt: skip
     add("--no-compare", action="store_true", help="skip the error table")
+    refuse = refuse or parser.error
     given = parser.parse_args(argv)
     given.prompt = given.prompt or ["The quick brown fox", "Megamoe: "]
     if any(not text for text in given.prompt):
-        parser.error("--prompt '' has no token to start from; give at least one character")
+        refuse("--prompt '' has no token to start from; give at least one character")
     given.family = tiny_family(given.model)
     if given.family is None and not Path(given.model).is_dir():
-        parser.error(f"--model {given.model}: no such folder")
+        refuse(f"--model {given.model}: no such folder; give a model's, or {TINY_NAMES}")
     for name in ("max_new_tokens", "capacity"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(given, name)} must be at least 1")
+            refuse(f"--{name.replace('_', '-')} {getattr(given, name)} must be at least 1")
     if given.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device; use --device cpu or install a CUDA build of torch")
+        refuse("--device cuda: torch finds no CUDA device; use --device cpu or install a CUDA build of torch")
     if given.device == "auto":
         given.device = "cuda" if torch.cuda.is_available() else "cpu"
     if given.dtype == "auto":
@@ -155,7 +159,8 @@ def is_quantized(path: str | Path) -> bool:
 
 
 def tell(rank: RankInfo, text: str) -> None:
-    print(f"[rank {rank.ep_rank}] {text}" if rank.ep_size > 1 else text, flush=True)
+    # One write, with the end of line: of an unbuffered stream, print() would make two, and other ranks' lines between.
+    print(f"[rank {rank.ep_rank}] {text}\n" if rank.ep_size > 1 else f"{text}\n", end="", flush=True)
 
 
 def reference_logits(model, mine: list[torch.Tensor], num_rounds: int, how: dict, local_experts: bool) -> dict:

@@ -27,6 +27,8 @@ FAMILIES = {
                            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
 }  # fmt: skip
 """Family -> (prefix of its transformers classes, what its configuration has besides COMMON)."""
+TINY_NAMES = ", ".join(["tiny", *(f"tiny-{family}" for family in FAMILIES if family != "qwen3_moe")])
+"""What `--model` takes in the place of a folder."""
 ROUTERS = ("gate.weight", "router.weight")
 
 

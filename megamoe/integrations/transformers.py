@@ -113,6 +113,8 @@ def enable(
                 model, dtype=torch.bfloat16,
                 device=torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu"),
             )  # fmt: skip
+        elif not isinstance(model, nn.Module):
+            raise TypeError(f"model has type {type(model).__name__}; pass a transformers model, or a directory")
         if model in _SERVINGS:
             raise ValueError("model: its experts are served by megamoe already; call disable(model) first")
         found = find_experts(model, weight_format)

@@ -213,13 +213,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def load(given: argparse.Namespace) -> nn.Module:
     """The model with plain experts, whatever its files hold."""
-    from megamoe.integrations.tiny import tiny_family, tiny_model
+    from megamoe.integrations.tiny import TINY_NAMES, tiny_family, tiny_model
 
     dtype = getattr(torch, given.dtype)
     if (family := tiny_family(given.model)) is not None:
         return tiny_model(family).to(given.device, dtype)
     if not Path(given.model).is_dir():
-        raise ValueError(f"--model {given.model}: no such folder")
+        raise ValueError(f"--model {given.model}: no such folder; give a model's, or {TINY_NAMES}")
     return load_dequantized(given.model, dtype=dtype, device=given.device)
 
 

@@ -31,37 +31,45 @@ def build_parser():
                         "[steps, layers, experts], summed over steps; default of --simulate: the first of "
                         "benchmarks/traces/*.npz of this checkout")
     parser.add_argument("--generate", choices=GENERATORS, help="use a generated load instead of a file")
-    parser.add_argument("--layers", type=int, default=4, help="of a generated load")
-    parser.add_argument("--experts", "--num-experts", type=int, default=256, help="of a generated load")
-    parser.add_argument("--seed", type=int, default=1, help="of a generated load")
-    parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--redundant", type=int, default=0)
-    parser.add_argument("--groups", type=int, default=1, help="expert groups of a group-limited routing")
+    of_load, of_layer = "of a generated load; default %(default)s", "of the predicted layer; default %(default)s"
+    parser.add_argument("--layers", type=int, default=4, help=of_load)
+    parser.add_argument("--experts", "--num-experts", type=int, default=256, help=of_load)
+    parser.add_argument("--seed", type=int, default=1, help=of_load)
+    parser.add_argument("--ranks", type=int, default=8, help="that share the experts; default %(default)s")
+    parser.add_argument("--nodes", type=int, default=1, help="that the ranks lie in, as many in each; default "
+                        "%(default)s")
+    parser.add_argument("--redundant", type=int, default=0, help="slots for copies, over all ranks; default "
+                        "%(default)s")
+    parser.add_argument("--groups", type=int, default=1, help="expert groups of a group-limited routing; default "
+                        "%(default)s")
     parser.add_argument("--max-nodes", type=int, help="nodes a token may touch, with --groups")
-    parser.add_argument("--phase", choices=("prefill", "decode"), default="prefill")
+    parser.add_argument("--phase", choices=("prefill", "decode"), default="prefill", help="what is balanced: rows, or "
+                        "times by --cost, where weights cost too; default %(default)s")
     parser.add_argument("--cost", nargs=3, type=float, metavar=("ROW_US", "EXPERT_US", "ROWS_PER_STEP"),
-                        help="cost model of --phase decode")
+                        help="cost model of --phase decode; default: fitted to --measured")
     parser.add_argument("--then", help="a later load (file as above): update the plan for it within --budget")
-    parser.add_argument("--budget", type=float, default=0.03, help="part of the slots --then may change")
+    parser.add_argument("--budget", type=float, default=0.03, help="part of the slots that --then, or a step of "
+                        "--simulate, may change; default %(default)s")
     parser.add_argument("--simulate", action="store_true", help="replay a recording step by step, count the nodes of "
                         "its tokens, and predict layer times for 8 to 512 ranks")
-    parser.add_argument("--window", type=int, default=4, help="steps that a plan of --simulate is made from, and used")
+    parser.add_argument("--window", type=int, default=4, help="steps that a plan of --simulate is made from, "
+                        "and used; default %(default)s")
     parser.add_argument("--measured", nargs="+", default=None, metavar="JSONL", help="calls to fit the times of "
                         "--simulate and --phase decode to; default: benchmarks/results/*.jsonl of this checkout, and "
                         "results/scaling/*.jsonl to check the fit with")
     parser.add_argument("--gpu", default="H100", help="a word of the name of the GPUs whose calls are taken; "
                         "default H100")
-    parser.add_argument("--hidden", type=int, default=4096, help="of the predicted layer")
-    parser.add_argument("--intermediate", type=int, default=2048, help="of the predicted layer")
-    parser.add_argument("--topk", type=int, default=6, help="of the predicted layer")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 2048], help="per rank, of the predicted calls")
+    parser.add_argument("--hidden", type=int, default=4096, help=of_layer)
+    parser.add_argument("--intermediate", type=int, default=2048, help=of_layer)
+    parser.add_argument("--topk", type=int, default=6, help=of_layer)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 2048], help="per rank, of the predicted "
+                        "calls; default 128 2048")
     parser.add_argument("--png", help="draw load per rank before and after to this file (needs matplotlib)")
     parser.add_argument("--compare", action="store_true",
                         help="every promise of the planner beside the published greedy and an LP (needs scipy)")
     parser.add_argument("--traces", nargs="*", help="recordings for --compare (npz); default: benchmarks/traces/*.npz "
                         "of this checkout")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="of --compare")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="of --compare; default 1 2")
     parser.add_argument("--json", action="store_true", help="print the plan and its figures as JSON")
     parser.add_argument("--out", help="write the plan as JSON to this file")
     return parser
@@ -69,7 +77,10 @@ def build_parser():
 
 def read_arrays(path):
     """{name: array} of a .npy or .npz with key "load"; ValueError naming what is in it otherwise."""
-    data = np.load(path, allow_pickle=False)
+    try:
+        data = np.load(path, allow_pickle=False)
+    except ValueError:  # NumPy's words are about pickles, which are never read
+        raise ValueError(f"{path} is neither .npy nor .npz; python -m megamoe record writes one") from None
     if isinstance(data, np.lib.npyio.NpzFile):
         if "load" not in data:
             raise ValueError(f"{path}: no array 'load', only {', '.join(data.files) or 'nothing'}")
@@ -87,9 +98,15 @@ def main(argv=None):
     """Run the verb; returns the exit status: 0, or 2 with one line on stderr for input that cannot be planned."""
     args = build_parser().parse_args(argv)
     try:
+        for name in ("layers", "experts", "window", "hidden", "intermediate", "topk", "tokens"):
+            given = getattr(args, name)
+            if np.min(given) < 1:
+                raise ValueError(f"--{name} {' '.join(map(str, np.atleast_1d(given)))}: at least 1 is needed")
         if args.png and not find_spec("matplotlib"):
             raise ValueError(f"--png {args.png} needs matplotlib, which is missing; pip install 'megamoe[plot]'")
         return _compare(args) if args.compare else _plan(args)
+    except BrokenPipeError:
+        raise  # its reader has read enough
     except (ValueError, OSError) as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2
@@ -130,7 +147,7 @@ def _plan(args):
     if args.simulate and args.load is None and args.generate is None:
         args.load = next(iter(_shipped_traces()), None)
     if (args.load is None) == (args.generate is None):
-        raise ValueError("give either a file with the load or --generate KIND")
+        raise ValueError("give either a file with the load, as python -m megamoe record writes it, or --generate KIND")
     load = read_load(args.load) if args.load else make_load(args.generate, args.layers, args.experts, args.seed)
     plan = plan_experts(load, num_ranks=args.ranks, num_nodes=args.nodes, num_redundant_experts=args.redundant,
                         num_groups=args.groups, phase=args.phase, max_nodes_per_token=args.max_nodes,

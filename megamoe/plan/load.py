@@ -5,6 +5,7 @@ Every generator is seeded and returns popularity or token-level choices; loads a
 
 import numpy as np
 
+GENERATED_GROUPS = 8
 GENERATORS = ("lognormal", "zipf", "hot", "group", "bursts", "uniform")
 
 
@@ -16,7 +17,7 @@ def balancedness(rank_load):
 
 
 def popularity(kind, num_layers, num_logical_experts, seed, *, sigma=1.0, exponent=1.0, hot=4, hot_share=0.5,
-               num_groups=8):
+               num_groups=GENERATED_GROUPS):
     """Relative popularity of each expert, float64 [num_layers, num_logical_experts], each layer with mean 1.
 
     kind: "lognormal" (exp(sigma * normal)), "zipf" (rank ** -exponent in a random order), "hot" (`hot` experts carry

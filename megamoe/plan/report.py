@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from .load import count_load, drift, popularity, sample_topk
+from .load import GENERATED_GROUPS, count_load, drift, popularity, sample_topk
 from .plan import ExpertPlan, invert
 from .predict import error_by_kind
 from .split import even_split
@@ -32,6 +32,11 @@ def make_load(kind, num_layers, num_experts, seed, *, drift_sigma=0.0, num_token
 
     "bursts": the tokens are eight prompts, each with a taste of its own.
     """
+    if num_experts < topk:
+        raise ValueError(f"num_experts={num_experts}: each token of a generated load chooses {topk}; take as many")
+    if kind == "group" and num_experts % GENERATED_GROUPS:
+        raise ValueError(f"num_experts={num_experts}: a 'group' load has {GENERATED_GROUPS} groups of equal size; take "
+                         f"a multiple of {GENERATED_GROUPS}")
     base = popularity(kind, num_layers, num_experts, seed)
     if drift_sigma:
         base = drift(base, drift_sigma, seed + 1000)

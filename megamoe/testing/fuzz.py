@@ -11,6 +11,7 @@ import json
 import random
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import hypothesis
@@ -180,6 +181,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     given = parser.parse_args(argv)
+    if not given.minutes > 0:  # no sequence drawn is no sequence that failed
+        parser.error(f"--minutes {given.minutes:g} must be above 0")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device; use --device cpu or install a CUDA build of torch")
+    if given.json and not Path(given.json).resolve().parent.is_dir():
+        parser.error(f"--json {given.json}: its folder is not there; make it first")
     seed = random.SystemRandom().randrange(1 << 31) if given.seed is None else given.seed
     print(f"first seed {seed}, {given.device}, {given.minutes:g} minutes", flush=True)
     report = fuzz(seed, given.minutes, given.device)

@@ -61,11 +61,19 @@ def test_protocols_follow_the_bar():
         (["--virtual-ranks", "0"], "--virtual-ranks 0"),
         (["--idle-ranks", "1"], "--idle-ranks 1"),
         (["--check-rows", "0"], "--check-rows"),
+        (["--num-sms", "-3"], "--num-sms -3"),
+        (["--json", "/nowhere/bench.json"], "--json /nowhere/bench.json"),
     ],
 )
 def test_a_wrong_command_line_ends_with_2_and_names_the_option(arguments, named, capsys):
     assert bench.main(["--device", "cpu", *arguments]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_ranks_that_do_not_divide_the_experts_are_not_run_and_no_success(capsys):
+    assert bench.main(["--device", "cpu", "--virtual-ranks", "3", "--check-only"]) == 1
+    shown = capsys.readouterr().out
+    assert "not run: tiny" in shown and "ep_size=3" in shown and "verdict: FAIL" in shown
 
 
 def test_help_teaches_by_example(capsys):

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks.replicas import main
 
 
@@ -13,3 +15,12 @@ def test_every_choice_and_every_step_keeps_the_bits(tmp_path, capsys):
     assert row["bits_differ"] == [] and row["moved_mb"] > 0 and row["balanced"] > 0
     assert row["planned_balancedness"] >= row["balancedness_without"]
     assert "bits_differ []" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--virtual-ranks", "1"], "num_redundant_experts=8"), (["--virtual-ranks", "3"], "3 ranks"),
+    (["--case", "nope"], "--case 'nope'"), (["--tokens", "x"], "--tokens 'x'"),
+])  # fmt: skip
+def test_a_wrong_command_line_ends_with_2_and_says_why(arguments, said, capsys):
+    assert main(["--case", "tiny", "--device", "cpu", *arguments]) == 2
+    assert said in capsys.readouterr().err

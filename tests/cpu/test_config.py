@@ -17,7 +17,8 @@ GOOD = {"hidden": 256, "intermediate": 128, "num_experts": 8, "topk": 2}
     [
         ("hidden", 7100, ValueError, "hidden=7100 must be a multiple of 128; nearest 7040, 7168"),
         ("hidden", 100, ValueError, "hidden=100 must be a multiple of 128; nearest 128"),
-        ("hidden", 0, ValueError, "hidden=0 must be at least 1"),
+        ("hidden", 0, ValueError, "hidden=0 must be at least 1; nearest legal value 128"),
+        ("hidden", -256, ValueError, "hidden=-256 must be at least 1; nearest legal value 128"),
         ("intermediate", 200, ValueError, "intermediate=200 must be a multiple of 128; nearest 128, 256"),
         ("intermediate", 128.0, TypeError, "intermediate=128.0 has type float; pass an int"),
         ("num_experts", 0, ValueError, "num_experts=0 must be at least 1; nearest legal value 1"),
@@ -101,6 +102,13 @@ def test_support_knows_what_plans_ask_of_the_kernel():
 
 def test_support_says_that_there_is_no_cuda_device():
     assert "finds no CUDA device; use device='cpu'" in support(MoEConfig(**GOOD), None, "cuda").reasons[0]
+
+
+def test_a_device_that_torch_does_not_know_is_named():
+    for make in (lambda: support(MoEConfig(**GOOD), None, "gpu"),
+                 lambda: megamoe.Workspace(MoEConfig(**GOOD), EPConfig(8), device="gpu")):  # fmt: skip
+        with pytest.raises(ValueError, match="device='gpu' is no device of torch; use 'cuda' or 'cpu'"):
+            make()
 
 
 def test_the_cpu_path_needs_no_workspace_memory():

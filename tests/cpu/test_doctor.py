@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import megamoe.__main__ as cli
-from megamoe import builds, doctor, verbs
+from megamoe import EPConfig, MoEConfig, builds, doctor, plan_memory, verbs
 from megamoe.doctor import Row
 
 
@@ -152,6 +152,12 @@ def test_kernels_are_all_built_and_a_bad_one_is_wrong(monkeypatch, capsys, tmp_p
     assert [report.name for report in reports] == [build.name for build in builds.kernel_builds()]
     assert not any(report.problem for report in reports) and all(report.registers > 0 for report in reports)
     assert verbs.compile_main([]) == 0
+    for options in (["--plans"], ["--extras"], ["--extras", "--plans"]):
+        capsys.readouterr()
+        assert verbs.compile_main(["--json", *options]) == 0
+        names = [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()]
+        chosen = builds.kernel_builds(extras="--extras" in options, plans="--plans" in options)
+        assert names == [build.name for build in chosen]
 
     sources["mega_moe.cu"] = sources["mega_moe.cu"].replace("*p", "*q")
     assert all("does not compile" in report.problem for report in verbs.build_reports())
@@ -212,3 +218,24 @@ def test_layout_adds_up(capsys):
         here = [region for region in regions if region["where"] == where]
         assert here and all(a["offset"] + a["bytes"] <= b["offset"] for a, b in pairwise(here))
     assert cli.main(["layout"]) == 0 and regions[0]["name"] in capsys.readouterr().out
+
+
+def test_layout_is_that_of_the_weight_format(capsys):
+    config, local = {"hidden": 4096, "intermediate": 2048, "num_experts": 64, "topk": 6}, {}
+    for name in ("fp8", "mxfp4"):
+        assert cli.main(["layout", "--json", "--weight-format", name, "--hidden", "4096", "--experts", "64",
+                         "--topk", "6", "--tokens", "8192"]) == 0  # fmt: skip
+        regions = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        local[name] = sum(region["bytes"] for region in regions if region["where"] == "local")
+        wanted = plan_memory(MoEConfig(**config, weight_format=name), EPConfig(8192), 2).local_bytes
+        assert 0 <= wanted - local[name] < 1024 * len(regions)  # which counts alignment too
+    assert local["mxfp4"] > 2 * local["fp8"]
+
+
+@pytest.mark.parametrize("arguments", [["layout"], ["plan", "--generate", "zipf", "--experts", "64", "--layers", "16"]])
+def test_a_reader_that_leaves_is_no_traceback(arguments):
+    command = [sys.executable, "-u", "-m", "megamoe", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1 and not said

@@ -16,6 +16,14 @@ def test_drawn_sequences_meet_the_reference():
     assert tally["sequences"] >= 12 and tally["calls"] >= 24
 
 
+@pytest.mark.parametrize("arguments", [["--minutes", "0"], ["--minutes", "nan"], ["--json", "/nowhere/fuzz.json"]])
+def test_a_run_that_could_show_nothing_is_refused(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(fuzz, "fuzz", None)
+    with pytest.raises(SystemExit, match="2"):
+        fuzz.main(arguments)
+    assert f"{arguments[0]} {arguments[1]}" in capsys.readouterr().err
+
+
 def test_a_seed_draws_the_same_sequences_again(monkeypatch):
     drawn = []
     monkeypatch.setattr(fuzz, "run", lambda sequence, device, tally: drawn.append(sequence))

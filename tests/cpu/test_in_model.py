@@ -165,3 +165,9 @@ def test_the_commands_of_tables_sh_are_ones_it_takes():
     for words in ours:
         given = in_model.parser().parse_args(words)
         assert (str(given.results), given.commit) == ("/x/in_model", "abc")
+
+
+@pytest.mark.parametrize("option", ["--parts", "--families", "--formats", "--batches"])
+def test_a_wrong_name_ends_with_2_and_names_the_option(option, capsys):
+    assert in_model.main([option, "nothing"]) == 2
+    assert f"{option} 'nothing'" in capsys.readouterr().err

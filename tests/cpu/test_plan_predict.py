@@ -179,3 +179,17 @@ def test_recordings_are_planned_and_served_as_promised():
     rows = list(recorded("made", np.array(steps, float), np.array(["a", "b", "b", "b"])))
     assert [row["line"] for row in rows] == ["recorded", "recorded", "recorded next"] * 2
     assert all(row["ok"] is True for row in rows), rows
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--generate", "zipf", "--experts", "-4"], "--experts -4"),
+    (["--generate", "zipf", "--layers", "0"], "--layers 0"),
+    (["--generate", "hot", "--experts", "4"], "num_experts=4"), (["--simulate", "--window", "0"], "--window 0"),
+    (["--generate", "group", "--experts", "12"], "num_experts=12"),
+    (["--simulate", "--tokens", "8", "0"], "--tokens 8 0"),
+    ([__file__], "is neither .npy nor .npz"),
+])  # fmt: skip
+def test_what_cannot_be_planned_is_said_in_one_line(capsys, arguments, said):
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("plan: ") and said in shown.err and shown.err.count("\n") == 1 and not shown.out

@@ -91,6 +91,13 @@ def row(step: str, ok, date: str, **more) -> dict:
     return {"step": step, "ok": ok, "date": date, **FACTS, "files": [], **more}
 
 
+@pytest.mark.parametrize("pattern", ["(", "no such step"])
+def test_a_pattern_that_picks_nothing_is_refused(prove, tmp_path, capsys, pattern):
+    with pytest.raises(SystemExit, match="2"):
+        prove.main([str(tmp_path), "--only", pattern])
+    assert f"--only {pattern!r}" in capsys.readouterr().err
+
+
 def test_partial_runs_merge_into_one_summary(prove, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, rows in (

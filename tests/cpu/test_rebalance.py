@@ -229,6 +229,8 @@ def test_several_domains_refuse_a_plan_and_count_load():
 
 def test_plans_that_do_not_fit_name_the_numbers():
     layer, _ = make_layer(spare=0)
+    with pytest.raises(TypeError, match="plan has type NoneType; pass an ExpertPlan"):
+        layer.load_plan(None)
     with pytest.raises(ValueError, match="num_redundant_slots_per_rank=2 or more"):
         layer.load_plan(make_plan())
     with pytest.raises(ValueError, match="for 12 experts on 2 ranks, the layer has 12 on 4"):

@@ -1,6 +1,7 @@
 """The recorder: counts per step and layer, saved for the planner."""
 
 import numpy as np
+import pytest
 import torch
 
 from megamoe import EPConfig, MoEConfig, MoELayer, Workspace, plan_experts
@@ -30,11 +31,20 @@ def test_recorder_keeps_what_each_step_was_asked_for(tmp_path):
     assert (read_load(tmp_path / "load.npz") == np.sum(wanted, 0)).all()
 
 
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--out", "/nowhere/load.npz"], "--out /nowhere/load.npz"), (["--out", "load.npz", "--prompt", ""], "--prompt ''"),
+    (["--out", "load.npz", "--model", "tiny-nothing"], "--model tiny-nothing: no such folder"),
+])  # fmt: skip
+def test_verb_refuses_in_its_own_name_before_a_model_runs(capsys, arguments, said):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert f"python -m megamoe record: error: {said}" in capsys.readouterr().err
+
+
 def test_verb_records_a_model(tmp_path, capsys):
-    out = tmp_path / "tiny.npz"
-    assert main(["--model", "tiny", "--prompt", "To be", "--prompt", "or not", "--max-new-tokens", "3",
-                 "--out", str(out)]) == 0  # fmt: skip
-    data = np.load(out)
+    assert main(["--model", "tiny-mixtral", "--prompt", "To be", "--prompt", "or not", "--max-new-tokens", "3",
+                 "--out", str(tmp_path / "tiny")]) == 0  # fmt: skip
+    data = np.load(tmp_path / "tiny.npz")
     assert data["kind"].tolist().count("prefill") == 2 and "steps of" in capsys.readouterr().out
     rows = data["load"].sum(2)
     assert (rows == rows[:, :1]).all() and rows.min() > 0

@@ -154,6 +154,8 @@ def test_micro_batches_share_weights_and_give_what_one_call_gives():
             batches.run([*steps, steps[0]])
     assert all(w.closed for w in batches.workspaces)
     assert sm_budgets(132, 3) == [44] * 3 and sm_budgets(114, 2) == [56] * 2
+    with pytest.raises(ValueError, match="count=0 must be at least 1"):
+        MicroBatches(CONFIG, EPConfig(8), count=0, device="cpu")
     with pytest.raises(ValueError, match="count=70 micro-batches do not fit on 132 SMs"):
         sm_budgets(132, 70)
     assert weights.linear1.shape[0] == 8
@@ -221,6 +223,8 @@ def test_compile_builds_only_what_a_model_can_choose(tmp_path, capsys, monkeypat
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["deepseek"][0]))
     assert main(["compile", "--config", str(tmp_path), "--ep-size", "8", "--tokens", "8"]) == 0
     assert sorted(built) == ["mega_moe, 8 tokens"], "8 ranks x 8 tokens x 8 / 256 experts: 2 rows an expert"
+    assert main(["compile", "--config", str(tmp_path), "--ep-size", "8", "--tokens", "8", "--plans"]) == 0
+    assert built[1:] == ["mega_moe, 8 tokens, with plans"]
     (tmp_path / "config.json").write_text('{"hidden_size": 4096, "intermediate_size": 11008}')
     assert main(["compile", "--config", str(tmp_path)]) == 2
     assert "describes no mixture-of-experts model" in capsys.readouterr().err

@@ -192,6 +192,8 @@ def test_disable_gives_back_the_model_as_it_was(model, checkpoint):
         f"model.layers.{i}.mlp.experts" for i in range(3)
     ]
     assert len({id(layer.workspace) for layer in serving.layers.values()}) == 1
+    with pytest.raises(TypeError, match="model has type NoneType; pass a transformers model, or a directory"):
+        enable(None)
     with pytest.raises(ValueError, match="already; call disable"):
         enable(model)
     with pytest.raises(ValueError, match="again, after a deepcopy"):

@@ -214,6 +214,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", metavar="PATTERN", help="faults whose name has this regular expression")
     parser.add_argument("--json", metavar="FILE", help="also write the rows there, one JSON object a line")
     given = parser.parse_args(argv)
+    try:
+        re.compile(given.only or "")
+    except re.error as error:
+        parser.error(f"--only {given.only!r} is no regular expression: {error}")
+    if given.json and not Path(given.json).resolve().parent.is_dir():
+        parser.error(f"--json {given.json}: its folder is not there; make it first")
     rows = []
     if given.side != "device":
         rows += run_module("megamoe.testing.faults.host", "host", given.only)
