@@ -27,6 +27,7 @@ from megamoe.testing.data import ROUTINGS, Case, make_case
 from megamoe.testing.reference import moe_reference
 
 BATCH = 20  # sequences a seed
+SAID_S = 10.0  # between two lines that say how far it is
 
 
 class Call(NamedTuple):
@@ -162,7 +163,12 @@ def batch(seed: int, device: str, max_examples: int, tally: dict) -> None:
 def fuzz(seed: int, minutes: float, device: str) -> dict:
     """Batches of seeds from `seed` on until the time is over or one fails. -> a report for JSON."""
     tally, failure, begin, first = {"sequences": 0, "calls": 0}, None, time.monotonic(), seed
+    said = begin
     while time.monotonic() - begin < 60 * minutes and failure is None:
+        if time.monotonic() - said > SAID_S:
+            said = time.monotonic()
+            print(f"{said - begin:6.0f} s  {tally['sequences']} sequences, {tally['calls']} calls, at seed {seed}",
+                  file=sys.stderr, flush=True)  # fmt: skip
         try:
             batch(seed, device, BATCH, tally)
             seed += 1

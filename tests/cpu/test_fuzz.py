@@ -24,6 +24,13 @@ def test_a_run_that_could_show_nothing_is_refused(monkeypatch, capsys, arguments
     assert f"{arguments[0]} {arguments[1]}" in capsys.readouterr().err
 
 
+def test_a_long_run_says_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(fuzz, "SAID_S", 0.0)
+    monkeypatch.setattr(fuzz, "batch", lambda seed, device, count, tally: tally.update(sequences=count, calls=seed))
+    report = fuzz.fuzz(5, 1e-4, "cpu")
+    assert "20 sequences, 5 calls, at seed 6" in capsys.readouterr().err and report["first_seed"] == 5
+
+
 def test_a_seed_draws_the_same_sequences_again(monkeypatch):
     drawn = []
     monkeypatch.setattr(fuzz, "run", lambda sequence, device, tally: drawn.append(sequence))

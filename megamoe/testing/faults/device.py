@@ -152,6 +152,7 @@ def rows(only: str | None = None) -> list[table.Row]:
         tried = [fault for fault in picked if (fault.point == "decoded") == decodes_ahead(weight_format, num_tokens)]
         if not tried:
             continue
+        table.tell(f"device: {len(tried)} faults with {label}")
         faulty = FaultyLayer(weight_format, num_tokens)
         faulty.call()
         try_fault(faulty, REHEARSED, label)

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import re
+import sys
 import tempfile
 import time
 import traceback
@@ -168,6 +169,11 @@ def words(error: Exception | None) -> str:
     return "no error" if error is None else f"{type(error).__name__}: {error}".replace("\n", " ")
 
 
+def tell(text: str) -> None:
+    """How far it is, for who waits; the table comes at the end."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def run_module(module: str, side: str, only: str | None) -> list[Row]:
     """All rows of one module; faults that leave every rank alive share their processes."""
     picked = [fault for fault in import_module(module).FAULTS if only is None or re.search(only, fault.name)]
@@ -176,11 +182,13 @@ def run_module(module: str, side: str, only: str | None) -> list[Row]:
     if together:
         limit_s, num_ranks = sum(fault.deadline_s + 2 * GRACE_S for fault in together), together[0].num_ranks
         names = [fault.name for fault in together]
+        tell(f"{side}: {len(names)} faults, one after the other, in {num_ranks} processes; at most {limit_s:.0f} s")
         answers, _ = run_ranks(module, names, num_ranks, range(num_ranks), limit_s)
         rows |= {fault.name: judge(fault, side, answers[fault.name]) for fault in together}
 
     def alone(fault: Fault) -> Row:
         started = fault.started or range(fault.num_ranks)
+        tell(f"{side}: {fault.name}")
         answers, exits = run_ranks(module, [fault.name], fault.num_ranks, started, fault.deadline_s + 12 * GRACE_S)
         return judge(fault, side, answers[fault.name], exits)
 
