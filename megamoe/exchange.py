@@ -25,6 +25,7 @@ from torch.distributed import distributed_c10d
 
 from megamoe.errors import ErrorRecord, MegaMoEError
 from megamoe.layout import STEPS
+from megamoe_cuda.gather import gather
 
 Bundle = tuple[Tensor, ...]
 CONNECT_S = 5.0  # at least, for connections after a reset
@@ -109,10 +110,20 @@ class DistExchange:
         store = dist.PrefixStore(f"megamoe/exchange/{self._number}/{self._resets}", self._store)
         # All ranks have just met; what is left is the machine's time, which no short deadline is meant to judge
         timeout = timedelta(seconds=max(self.arrive_deadline_s, self.step_deadline_s, CONNECT_S))
+        problem = None
         try:
             self._connections = dist.ProcessGroupGloo(store, self.ep_rank, self.ep_size, timeout)
         except RuntimeError as error:
-            raise self._failure(f"ranks did not connect again within {timeout}: {error}", "dispatch", -1, 0) from error
+            problem = str(error)
+        # A rank that is through and closes would break connections that others still make; and one that cannot connect
+        # leaves nobody with half a group
+        problems = gather(self.group, "reset connections", problem, 2 * timeout.total_seconds())
+        unable = {peer: theirs for peer, theirs in enumerate(problems) if theirs is not None}
+        if unable:
+            have = self.ep_size - len(unable)
+            record = ErrorRecord(self.ep_rank, -1, "host", "reset", min(unable), have, self.ep_size)
+            lines = "; ".join(f"rank {peer}: {theirs}" for peer, theirs in unable.items())
+            raise MegaMoEError(f"ranks could not connect again within {timeout}: {lines}", record)
         self._call = 0
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from megamoe.steps import moe_layer
 from megamoe.testing.data import make_case
 
 SMALL = MoEConfig(hidden=256, intermediate=128, num_experts=8, topk=3)
+SIX = MoEConfig(hidden=128, intermediate=128, num_experts=6, topk=3)  # for three ranks too
 OTHER = MoEConfig(hidden=128, intermediate=384, num_experts=4, topk=16, weight_format="bf16")
 
 
@@ -97,14 +98,13 @@ def lead_cannot_compile(info):
 
 def refused(info):
     """The last rank's input is refused; the others end at their deadline, name it, refuse calls; reset() mends it."""
-    config = MoEConfig(hidden=128, intermediate=128, num_experts=6, topk=3)
-    workspace = Workspace(config, EPConfig(16, arrive_deadline_s=1.5), device="cpu")
-    layer = MoELayer(config, workspace)
-    case = make_case(0, config, info.ep_size, 4, ranks=[info.ep_rank])
+    workspace = Workspace(SIX, EPConfig(16, arrive_deadline_s=1.5), device="cpu")
+    layer = MoELayer(SIX, workspace)
+    case = make_case(0, SIX, info.ep_size, 4, ranks=[info.ep_rank])
     weights, rank_input = case.weights[0], case.inputs[0]
     layer.load_weights(weights.linear1, weights.linear2, weights.linear1_sf, weights.linear2_sf)
     if info.ep_rank == info.ep_size - 1:
-        rank_input.topk_idx[0, 0] = config.num_experts
+        rank_input.topk_idx[0, 0] = SIX.num_experts
     result, begin = {}, time.monotonic()
     try:
         layer(rank_input.x, rank_input.topk_idx, rank_input.topk_weights)
@@ -126,13 +126,41 @@ def refused(info):
     return result | {"after_reset": bool(y.isfinite().all() and y.any())}
 
 
+def reset_together(info):
+    """The last rank is slow, then unable to connect anew: what reset() is on every rank, and that a third one mends."""
+    connect, slow, kept = dist.ProcessGroupGloo, info.ep_rank == info.ep_size - 1, []
+
+    def slowly(*arguments):
+        made = connect(*arguments)
+        time.sleep(1.0)
+        return made
+
+    def broken(*arguments):
+        kept.append(connect(*arguments))
+        raise RuntimeError("no file descriptor left")
+
+    result = {}
+    with Workspace(SIX, EPConfig(16), device="cpu") as workspace:
+        dist.ProcessGroupGloo = slowly if slow else connect
+        begin = time.monotonic()
+        workspace.reset()
+        result["seconds"] = time.monotonic() - begin
+        dist.ProcessGroupGloo = broken if slow else connect
+        try:
+            workspace.reset()
+        except MegaMoEError as error:
+            result["error"] = str(error)
+        dist.ProcessGroupGloo = connect
+        workspace.reset()
+    return result
+
+
 def left_alone(info):
     """The last rank ends without a word between two calls; the others do not catch what that makes of the second."""
-    config = MoEConfig(hidden=128, intermediate=128, num_experts=6, topk=3)
-    case = make_case(0, config, info.ep_size, 4, ranks=[info.ep_rank])
+    case = make_case(0, SIX, info.ep_size, 4, ranks=[info.ep_rank])
     w, i = case.weights[0], case.inputs[0]
-    with Workspace(config, EPConfig(16, arrive_deadline_s=1.5), device="cpu") as workspace:
-        layer = MoELayer(config, workspace)
+    with Workspace(SIX, EPConfig(16, arrive_deadline_s=1.5), device="cpu") as workspace:
+        layer = MoELayer(SIX, workspace)
         layer.load_weights(w.linear1, w.linear2, w.linear1_sf, w.linear2_sf)
         layer(i.x, i.topk_idx, i.topk_weights)
         if info.ep_rank == info.ep_size - 1:

@@ -72,6 +72,15 @@ def test_a_refused_rank_is_named_by_the_others_at_their_deadline():
     assert all(result["after_reset"] for result in (first, second, last))
 
 
+def test_no_rank_is_through_a_reset_before_all_have_connected():
+    """Who is through may close, and that would break connections which its peers still make."""
+    for rank, result in enumerate(run("reset_together", 3)):
+        assert result["seconds"] > 0.9
+        begin = f"rank {rank} role host step reset: ranks could not connect again within"
+        assert result["error"].startswith(begin), result["error"]
+        assert "rank 2: no file descriptor left (index 2, have 2, want 3)" in result["error"]
+
+
 def test_ranks_left_alone_end_by_themselves_and_with_a_status():
     """What a program that catches nothing does when a rank dies: no wait at exit, no status 0."""
     begin = time.monotonic()
