@@ -28,7 +28,7 @@ from megamoe.layout import STEPS
 from megamoe_cuda.gather import gather
 
 Bundle = tuple[Tensor, ...]
-CONNECT_S = 5.0  # at least, for connections after a reset
+CONNECT_S = 5.0  # at least, for connections: the machine's time, which no short deadline is meant to judge
 _num_exchanges = weakref.WeakKeyDictionary()  # group -> DistExchanges made on it
 
 
@@ -36,6 +36,25 @@ def whole_ms(seconds: float) -> timedelta:
     """For a wait of gloo, which drops fractions of a millisecond: never less than asked, so that a rank that is late is
     not taken for one that left."""
     return timedelta(milliseconds=max(math.ceil(seconds * 1000), 1))
+
+
+@contextlib.contextmanager
+def connecting(group: dist.ProcessGroup, timeout: timedelta):
+    """Around what makes connections between all ranks of a group within a timeout: ends when every rank has made its
+    own, since one that is through and closes would break those that others still make. MegaMoEError on all if one
+    cannot."""
+    problem = None
+    try:
+        yield
+    except RuntimeError as error:
+        problem = str(error)
+    problems = gather(group, "connections", problem, 2 * timeout.total_seconds())
+    unable = {rank: theirs for rank, theirs in enumerate(problems) if theirs is not None}
+    if unable:
+        have = len(problems) - len(unable)
+        record = ErrorRecord(dist.get_rank(group), -1, "host", "connections", min(unable), have, len(problems))
+        lines = "; ".join(f"rank {rank}: {theirs}" for rank, theirs in unable.items())
+        raise MegaMoEError(f"ranks could not connect within {timeout}: {lines}", record)
 
 
 class LocalExchange:
@@ -108,22 +127,9 @@ class DistExchange:
         self._resets += 1
         # Not dist.new_group: it forgets the name of a group that is gone, and finds its addresses under it again
         store = dist.PrefixStore(f"megamoe/exchange/{self._number}/{self._resets}", self._store)
-        # All ranks have just met; what is left is the machine's time, which no short deadline is meant to judge
         timeout = timedelta(seconds=max(self.arrive_deadline_s, self.step_deadline_s, CONNECT_S))
-        problem = None
-        try:
+        with connecting(self.group, timeout):
             self._connections = dist.ProcessGroupGloo(store, self.ep_rank, self.ep_size, timeout)
-        except RuntimeError as error:
-            problem = str(error)
-        # A rank that is through and closes would break connections that others still make; and one that cannot connect
-        # leaves nobody with half a group
-        problems = gather(self.group, "reset connections", problem, 2 * timeout.total_seconds())
-        unable = {peer: theirs for peer, theirs in enumerate(problems) if theirs is not None}
-        if unable:
-            have = self.ep_size - len(unable)
-            record = ErrorRecord(self.ep_rank, -1, "host", "reset", min(unable), have, self.ep_size)
-            lines = "; ".join(f"rank {peer}: {theirs}" for peer, theirs in unable.items())
-            raise MegaMoEError(f"ranks could not connect again within {timeout}: {lines}", record)
         self._call = 0
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megamoe.config import EPConfig, MoEConfig
 from megamoe.domains.rows import row_format
 from megamoe.domains.transport import DistTransport, LocalTransport, renew
-from megamoe.errors import MegaMoEError
+from megamoe.exchange import CONNECT_S, connecting
 
 OVERLAP_MIN_TOKENS = 1024
 """Tokens of a rank from which a call is cut into two micro-batches: below, reading the experts' weights twice costs
@@ -118,11 +118,13 @@ class Domains:
             self.transport = LocalTransport(self.num_domains, ranks_per_domain)
             within = workspace.group
         else:
+            self._everyone = workspace.group
             self._timeout = timedelta(seconds=ep_config.arrive_deadline_s + ep_config.step_deadline_s)
-            within, rows = meet_within, meet_across = self._connect(self.device)
-            if workspace.is_cuda and ep_config.domain_tokens is not None:
-                # A missed deadline breaks gloo's connections: counts get some that nothing else depends on
-                meet_within, meet_across = self._connect(torch.device("cpu"))
+            with connecting(self._everyone, self._timeout):
+                within, rows = meet_within, meet_across = self._connect(self.device)
+                if workspace.is_cuda and ep_config.domain_tokens is not None:
+                    # A missed deadline breaks gloo's connections: counts get some that nothing else depends on
+                    meet_within, meet_across = self._connect(torch.device("cpu"))
             deadlines = ep_config.arrive_deadline_s, ep_config.step_deadline_s
             self.transport = DistTransport(rows, meet_across, meet_within, *deadlines)
         num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count if workspace.is_cuda else None
@@ -183,10 +185,8 @@ class Domains:
     def reset(self) -> None:
         """Collective over all ranks of all domains. MegaMoEError if one does not come."""
         if not self.virtual:  # gloo closes its connections at a missed deadline
-            try:
+            with connecting(self._everyone, self._timeout):
                 within, across = self._connect(torch.device("cpu"))
-            except RuntimeError as error:
-                raise MegaMoEError(f"not every rank called reset() within {self._timeout}: {error}") from error
             self.transport.rebind(across, within)
         for inner in self.inner:
             if inner.is_cuda or self.virtual:
@@ -218,8 +218,8 @@ def _runs(ranks: range, size: int) -> list[range]:
 
 
 def _new_group(ranks: list[int], device: torch.device, timeout: timedelta) -> dist.ProcessGroup:
-    if device.type != "cuda":
-        return dist.new_group(ranks, timeout=timeout, backend="gloo")
+    if device.type != "cuda":  # connects at once, within the timeout
+        return dist.new_group(ranks, timeout=max(timeout, timedelta(seconds=CONNECT_S)), backend="gloo")
     options = dist.ProcessGroupNCCL.Options()
     options.config.max_ctas, options._timeout = EXCHANGE_SMS, timeout
     return dist.new_group(ranks, timeout=timeout, backend="cpu:gloo,cuda:nccl", pg_options=options)

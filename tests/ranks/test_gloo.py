@@ -76,7 +76,7 @@ def test_no_rank_is_through_a_reset_before_all_have_connected():
     """Who is through may close, and that would break connections which its peers still make."""
     for rank, result in enumerate(run("reset_together", 3)):
         assert result["seconds"] > 0.9
-        begin = f"rank {rank} role host step reset: ranks could not connect again within"
+        begin = f"rank {rank} role host step connections: ranks could not connect within"
         assert result["error"].startswith(begin), result["error"]
         assert "rank 2: no file descriptor left (index 2, have 2, want 3)" in result["error"]
 
