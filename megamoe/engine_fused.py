@@ -262,7 +262,7 @@ class FusedEngine:
                 self.packing.pack_expert(2, w.linear2[e], w.linear2_sf[e], linear2[e])
             for kept, given in zip(biases, (w.linear1_bias, w.linear2_bias), strict=False):
                 kept.view(torch.float32)[: len(given)] = given
-        if self.replicas is not None and self.replicas.placement_version > 1:
+        if self.replicas is not None and self.replicas.placement_version > 1:  # also one that is only staged so far
             self.replicas.reset()
 
     def _point_at_images(self) -> None:

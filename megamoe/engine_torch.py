@@ -17,7 +17,8 @@ from megamoe.steps import ExpertWeights, RankInput, moe_layer
 class TorchEngine:
     """Holds the weights and runs the specification. The layer has validated everything; nothing is checked again.
 
-    placement: int64 [ep_size * slots], the expert that each slot holds, -1 = none; placement_version changes with it.
+    placement: int64 [ep_size * slots], the expert that each slot holds, -1 = none; placement_version changes with it,
+        and with what is staged.
     load_count: per rank held here (logical int64 [num_experts], physical int64 [slots]), rows served so far.
     """
 
@@ -71,6 +72,7 @@ class TorchEngine:
     def stage(self, moves: list[Move]) -> None:
         """Fetch the moved experts' weights; they wait until apply(). MegaMoEError if a peer does not come."""
         self._staged = []
+        self.placement_version += 1  # whoever staged before may not apply any more
         sends = [
             [
                 tuple(t[_slots(m.src_slot for m in moves if (m.src_rank, m.dst_rank) == (rank, dst))]

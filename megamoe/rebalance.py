@@ -158,12 +158,12 @@ class Rebalance:
         if self.finished:
             return True
         if self._version != self._engine.placement_version:
-            raise RuntimeError("the placement was changed since this rebalance began; start a new one")
+            raise RuntimeError("weights were loaded or moved since this rebalance's last step; start a new one")
         if self._staged is not None or not self._steps:
             self._apply()
         if self._done < len(self._steps):
             self._engine.stage(self._steps[self._done])  # may raise: nothing is in force yet
-            self._staged = self._steps[self._done]
+            self._staged, self._version = self._steps[self._done], self._engine.placement_version
             self._done += 1
         return self.finished
 

@@ -16,7 +16,8 @@ class DeviceReplicas:
     """Belongs to one layer's engine. Everything is enqueued on the current stream and keeps its address, so it may
     happen between replays of a captured graph.
 
-    placement: int64 [ep_size * slots], the expert that each slot holds, -1 = none; placement_version changes with it.
+    placement: int64 [ep_size * slots], the expert that each slot holds, -1 = none; placement_version changes with it,
+        and with what is staged.
     counts: per rank held here int64 [num_experts + slots] on the device, rows served by expert and by slot.
     map: int32 on the device, words of csrc/sched/replica.cuh.
     """
@@ -76,6 +77,7 @@ class DeviceReplicas:
         Two banks: a peer may not have emptied the one of the step before, but the call since then, in which it took
         part, came after it had emptied the one before that.
         """
+        self.placement_version += 1  # whoever staged before may not apply any more: another bank is read now
         self._bank ^= 1
         stream = torch.cuda.current_stream(self.shared.device).cuda_stream
         first = self.shared.first_rank

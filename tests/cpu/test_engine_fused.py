@@ -4,15 +4,18 @@ import ctypes
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from megamoe import EPConfig, MoEConfig, layout
+from megamoe import EPConfig, MoEConfig, layout, replicas
 from megamoe.engine_fused import FusedEngine
 from megamoe.quant import mxfp4_images
 from megamoe.quant import weights as fp8_images
+from megamoe.rebalance import Rebalance
 from megamoe.steps import OAI_ALPHA
 from megamoe.testing.data import make_case
+from megamoe_cuda.symmetric import HostMemory
 
 RANKS = 2
 
@@ -21,6 +24,21 @@ def make_engine(config: MoEConfig, layers_before: int = 0) -> FusedEngine:
     shared = SimpleNamespace(ep_size=RANKS, ep_config=EPConfig(8, RANKS), device=torch.device("cpu"), num_ranks=RANKS,
                              base_params=layout.KernelParams, cuts={})  # fmt: skip
     return FusedEngine(config, SimpleNamespace(fused=shared, num_layers=layers_before))
+
+
+def make_planned_engine(config: MoEConfig, monkeypatch) -> FusedEngine:
+    """With room for plans; copies are the host's, at once."""
+    ep_config = EPConfig(8, RANKS, num_redundant_slots_per_rank=1, num_staged_experts=1)
+    dims = layout.dims_of([config], ep_config, RANKS)
+    regions, nbytes, _ = layout.place(dims)
+    memory = HostMemory(nbytes, RANKS)
+    shared = SimpleNamespace(ep_size=RANKS, ep_config=ep_config, device=torch.device("cpu"), num_ranks=RANKS, cuts={},
+                             base_params=layout.KernelParams, first_rank=0, regions=regions, dims=dims, memory=memory,
+                             check=lambda: None)  # fmt: skip
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(replicas, "copy_async", lambda dst, src, nbytes, stream: ctypes.memmove(dst, src, nbytes))
+    return FusedEngine(config, SimpleNamespace(fused=shared, num_layers=0))
 
 
 def floats(pointer: int, *shape: int) -> torch.Tensor:
@@ -64,3 +82,23 @@ def test_ranks_that_call_different_layers_can_tell():
     most = 1 << layout.HEAD_LAYER_BITS
     numbers = [make_engine(MoEConfig(256, 128, 8, 2), before).params.layer for before in (0, 1, most - 1, most)]
     assert numbers == [0, 1, most - 1, 0]
+
+
+def test_weights_on_the_move_are_not_applied_behind_newer_ones(monkeypatch):
+    """load_weights between a rebalance's first stage, before anything is in force, and its next step."""
+    config = MoEConfig(256, 128, 4, 2)
+    first, second = (make_case(seed, config, RANKS, 3).weights for seed in (1, 2))
+    for reload in (False, True):
+        engine = make_planned_engine(config, monkeypatch)
+        engine.load_weights(first)
+        rebalance = Rebalance(engine, np.array([[0, 1, 2], [2, 3, 0]]), "static", 1, np.ones(4), 1)
+        assert not rebalance.step()
+        if reload:
+            engine.load_weights(second)
+            with pytest.raises(RuntimeError, match="start a new one"):
+                rebalance.step()
+            assert engine.placement.tolist() == [0, 1, -1, 2, 3, -1]
+        else:
+            assert rebalance.step() and engine.placement.tolist() == [0, 1, 2, 2, 3, 0]
+            for ours, theirs in zip(*engine.images, strict=True):
+                assert torch.equal(ours[2], theirs[0]) and torch.equal(theirs[2], ours[0])

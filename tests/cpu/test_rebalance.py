@@ -117,6 +117,30 @@ def test_a_failure_half_way_leaves_the_last_placement_in_force(monkeypatch):
         rebalance.step()
 
 
+@pytest.mark.parametrize("meanwhile", ["weights are loaded", "another rebalance stages", "another is through"])
+def test_what_was_staged_is_not_applied_once_it_is_old(meanwhile):
+    """Its weights would be those of before, or another rebalance's."""
+    layer, case = make_layer()
+    expert_bytes = layer._engine.expert_bytes
+    rebalance = layer.rebalance(make_plan(), max_bytes=expert_bytes)
+    assert not rebalance.step()
+    other = layer.rebalance(make_plan("lognormal"))
+    if meanwhile == "weights are loaded":
+        case = make_case(4, CONFIG, RANKS, [40, 0, 17, 64])
+        load(layer, case)
+    elif meanwhile == "another rebalance stages":
+        other.step()
+    else:
+        other.finish()
+    with pytest.raises(RuntimeError, match="start a new one"):
+        rebalance.step()
+    if meanwhile == "another rebalance stages":
+        other.finish()
+    untouched, _ = make_layer()
+    load(untouched, case)
+    assert torch.equal(run(layer, case), run(untouched, case))
+
+
 def some_placement(rng, ranks, slots, local):
     placed = [list(row) for row in rng.permutation(local * ranks).reshape(ranks, local)]
     for row in placed:
