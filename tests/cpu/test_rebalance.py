@@ -232,8 +232,13 @@ def test_a_layer_with_the_weights_of_another_follows_its_plan():
     assert served == [used, 2 * used]
     with pytest.raises(RuntimeError, match="weights of another"):
         second.load_plan(make_plan())
-    with pytest.raises(ValueError, match="num_redundant_slots_per_rank=2, this layer on one with 0"):
-        MoELayer(CONFIG, Workspace(CONFIG, EPConfig(64, RANKS), device="cpu"), weights_of=first)
+    for other, named in (
+        (EPConfig(64, RANKS), "num_redundant_slots_per_rank=2, this layer on one with 0"),
+        (replace(ep_config, virtual_ranks=2), "ep_size=4, this layer on one with 2"),
+        (replace(ep_config, ranks_per_domain=2), "domains=1, this layer on one with 2"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            MoELayer(CONFIG, Workspace(CONFIG, other, device="cpu"), weights_of=first)
 
 
 def test_several_domains_refuse_a_plan_and_count_load():
