@@ -93,8 +93,8 @@ class FusedWorkspace:
             num_sms = min(workspace.ep_config.num_sms or 10**6, device_info(self.device.index).num_sms)
             self.ctas_per_rank = layout.ctas_per_rank(num_sms, self.num_ranks)
             if self.ctas_per_rank < 2:
-                raise ValueError(f"num_sms={num_sms} is less than virtual_ranks={self.num_ranks}; "
-                                 "give each rank two SMs")  # fmt: skip
+                raise ValueError(f"num_sms={num_sms} is less than two for each of virtual_ranks={self.num_ranks}; "
+                                 "raise it, or use fewer ranks")  # fmt: skip
             self.dims = layout.dims_of(workspace.moe_configs, self.ep_config, self.ep_size, self.ctas_per_rank)
             check_blocks(workspace.moe_configs, self.ep_size, self.ep_config)
             self.debug = debug_level() > 0
