@@ -241,7 +241,7 @@ class FusedEngine:
         # Without slots or staging memory for plans ids are slots, and the kernel does nothing for them
         self.replicas: DeviceReplicas | None = None
         if shared.ep_config.takes_plans:
-            self.replicas = DeviceReplicas(config, shared, self.slots)
+            self.replicas = DeviceReplicas(config, shared, self.slots, workspace.staging)
             for rank, counts in zip(p.ranks, self.replicas.counts, strict=False):
                 rank.replica_map, rank.load_count = self.replicas.map.data_ptr(), counts.data_ptr()
         p.layer = workspace.num_layers % (1 << layout.HEAD_LAYER_BITS)
@@ -383,18 +383,18 @@ class FusedEngine:
          p.combine_columns, p.combine_chunks) = cut  # fmt: skip
         self.cut, self.key, self.kind = cut, (self.config.weight_format, block, self.extras), kind
 
-    def _new_cut(self, num_tokens_bound: int) -> tiles.Cut:
+    def _new_cut(self, bound: int) -> tiles.Cut:
         warps = self.shared.ctas_per_rank * (layout.EXCHANGE_WARPS + layout.MATH_WARPS)
-        cut = tiles.cut_launch(self.config, self.ep_size, num_tokens_bound, warps)
-        return self.cuts.setdefault(num_tokens_bound, cut)
+        return self.cuts.setdefault(bound, tiles.cut_launch(self.config, self.ep_size, bound, warps))
 
     def _new_launch(self, kernel: LoadedKernel) -> BoundLaunch:
         ctas = self.shared.ctas_per_rank * self.shared.num_ranks
-        self.launches[kernel] = launch = kernel.bind(ctas, layout.NUM_THREADS, self.params)
-        return launch
+        return self.launches.setdefault(kernel, kernel.bind(ctas, layout.NUM_THREADS, self.params))
 
     def check(self) -> None:
         self.shared.check()
 
     def close(self) -> None:
         self.images, self.launches, self.kernel, self.launch = [], {}, None, None
+        if self.replicas is not None:
+            self.replicas.drop_staged()

@@ -77,8 +77,9 @@ class MoELayer(nn.Module):
         linear1_bias: Tensor | Sequence[Tensor] | None = None,
         linear2_bias: Tensor | Sequence[Tensor] | None = None,
     ) -> None:
-        """Copy in the local experts; again later, in place (also under captured graphs). MoEConfig.num_shared_experts
-        more follow them in each tensor, equal on all ranks, and count as local experts in the shapes below.
+        """Copy in the local experts, on the current stream; again later, in place (also under captured graphs).
+        MoEConfig.num_shared_experts more follow them in each tensor, equal on all ranks, and count as local experts in
+        the shapes below.
 
         linear1: [num_local_experts, 2 * intermediate, hidden], first the gate rows, then the up rows.
         linear2: [num_local_experts, hidden, intermediate].

@@ -141,6 +141,29 @@ def test_what_was_staged_is_not_applied_once_it_is_old(meanwhile):
     assert torch.equal(run(layer, case), run(untouched, case))
 
 
+def test_one_layer_of_a_workspace_moves_at_a_time(monkeypatch):
+    layer, case = make_layer()
+    other = MoELayer(CONFIG, layer.workspace)
+    load(other, case)
+    rebalance = layer.rebalance(make_plan())
+    assert not rebalance.step()
+    with pytest.raises(RuntimeError, match="of another layer of the workspace are on the move"):
+        other.load_plan(make_plan())
+    rebalance.finish()
+    other.load_plan(make_plan())
+    assert torch.equal(run(layer, case), run(other, case))
+
+    def fail(sends, step):
+        raise MegaMoEError("rank 2 did not come")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer._engine.exchange, "all_to_all", fail, raising=False)
+        with pytest.raises(MegaMoEError):
+            layer.load_plan(make_plan("lognormal"))
+    other.load_plan(make_plan("lognormal"))  # nothing of the failed step is in the way
+    assert torch.equal(run(layer, case), run(other, case))
+
+
 def some_placement(rng, ranks, slots, local):
     placed = [list(row) for row in rng.permutation(local * ranks).reshape(ranks, local)]
     for row in placed:
