@@ -13,6 +13,7 @@ from weakref import ref
 
 import numpy as np
 
+from megamoe.errors import absent_ranks_named
 from megamoe.plan.choice import replica_map
 from megamoe.plan.relabel import match_ranks
 
@@ -196,10 +197,12 @@ class Rebalance:
         return self.finished
 
     def finish(self) -> None:
-        """All remaining steps; waits for the peers before and between them instead of for calls."""
-        self._engine.settle()
-        while not self.step():
+        """All remaining steps; waits for the peers before and between them instead of for calls. MegaMoEError names a
+        rank that does not come."""
+        with absent_ranks_named():
             self._engine.settle()
+            while not self.step():
+                self._engine.settle()
 
     def _apply(self) -> None:
         moves = self._staged or []

@@ -12,6 +12,7 @@ from megamoe.plan import drift, popularity
 from megamoe.plan.relabel import match_ranks
 from megamoe.rebalance import default_placement, plan_steps
 from megamoe.testing.data import make_case
+from megamoe_cuda.gather import AbsentRankError
 
 CONFIG = MoEConfig(hidden=256, intermediate=128, num_experts=12, topk=3)
 RANKS, SPARE = 4, 2
@@ -162,6 +163,15 @@ def test_one_layer_of_a_workspace_moves_at_a_time(monkeypatch):
             layer.load_plan(make_plan("lognormal"))
     other.load_plan(make_plan("lognormal"))  # nothing of the failed step is in the way
     assert torch.equal(run(layer, case), run(other, case))
+
+
+def test_a_rank_that_does_not_come_to_a_plan_is_named(monkeypatch):
+    layer, _ = make_layer()
+    absent = AbsentRankError("rank 0 waited 1.0 s at arena for rank 2, which was not seen yet", 0, (2,), "arena", 4)
+    monkeypatch.setattr(layer._engine, "settle", lambda: (_ for _ in ()).throw(absent))
+    with pytest.raises(MegaMoEError, match="role host step arena: rank 0 waited") as raised:
+        layer.load_plan(make_plan())
+    assert raised.value.record.index == 2
 
 
 def some_placement(rng, ranks, slots, local):
