@@ -34,12 +34,13 @@ def spawn_ranks(
     num_ranks: int,
     *,
     timeout_s: float = 120.0,
+    grace_s: float = 5.0,
     env: Mapping[str, str] | None = None,
 ) -> list[RankResult]:
     """Run ``python *command`` as num_ranks gloo-capable ranks; stdout and stderr of each come back together.
 
-    env: variables to add. After a rank fails the others get 5 s to report their own side of it; nothing outlives the
-        call.
+    env: variables to add. grace_s: after a rank fails, for the others to report their own side of it and to end;
+        nothing outlives the call.
     """
     # The store lives here and not in rank 0: its port is known to be free, and it outlasts a rank that dies
     store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, timeout=timedelta(seconds=timeout_s))
@@ -53,7 +54,7 @@ def spawn_ranks(
                     rank_env = {**shared, **launcher_variables(rank, num_ranks, store.port)}
                     arguments = [sys.executable, *map(str, command)]
                     processes.append(subprocess.Popen(arguments, stdout=out, stderr=subprocess.STDOUT, env=rank_env))
-            _wait(processes, time.monotonic() + timeout_s)
+            _wait(processes, time.monotonic() + timeout_s, grace_s)
             codes = [process.poll() for process in processes]
         finally:
             for process in processes:
@@ -63,9 +64,9 @@ def spawn_ranks(
         return [RankResult(rank, codes[rank], log.read_text()) for rank, log in enumerate(logs)]
 
 
-def _wait(processes: list[subprocess.Popen], deadline: float) -> None:
+def _wait(processes: list[subprocess.Popen], deadline: float, grace_s: float) -> None:
     failed = False
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         if not failed and any(process.poll() for process in processes):
-            failed, deadline = True, min(deadline, time.monotonic() + 5.0)
+            failed, deadline = True, min(deadline, time.monotonic() + grace_s)
         time.sleep(0.02)

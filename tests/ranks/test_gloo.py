@@ -84,7 +84,8 @@ def test_no_rank_is_through_a_reset_before_all_have_connected():
 def test_ranks_left_alone_end_by_themselves_and_with_a_status():
     """What a program that catches nothing does when a rank dies: no wait at exit, no status 0."""
     begin = time.monotonic()
-    results = spawn_ranks([JOBS, "left_alone"], 3, timeout_s=60)
+    # How long an interpreter takes to end is the machine's affair
+    results = spawn_ranks([JOBS, "left_alone"], 3, timeout_s=60, grace_s=60)
     assert [result.returncode for result in results] == [1, 1, 9], "\n".join(result.output for result in results)
     assert time.monotonic() - begin < 60
     for result in results[:2]:
