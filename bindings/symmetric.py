@@ -220,9 +220,13 @@ class HostStatus:
         self.nbytes = nbytes
         flags = cuda.CU_MEMHOSTALLOC_PORTABLE | cuda.CU_MEMHOSTALLOC_DEVICEMAP
         self._address = int(check(cuda.cuMemHostAlloc(nbytes, flags), "cuMemHostAlloc"))
+        try:
+            self.device_ptr = int(check(cuda.cuMemHostGetDevicePointer(self._address, 0), "cuMemHostGetDevicePointer"))
+        except Exception:
+            cuda.cuMemFreeHost(self._address)
+            raise
         self.host = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(self._address))
         self.host[:] = 0
-        self.device_ptr = int(check(cuda.cuMemHostGetDevicePointer(self._address, 0), "cuMemHostGetDevicePointer"))
 
     def close(self) -> None:
         if self._address:

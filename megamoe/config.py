@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from megamoe.layout import MAX_TOPK
+from megamoe.layout import MAX_ARRIVE_DEADLINE_S, MAX_STEP_DEADLINE_S, MAX_TOPK
 
 BLOCK = 128
 """Elements that share one scale factor along K, and both sides of a weight block (DeepSeek-V3 checkpoint
@@ -30,11 +30,13 @@ def _check_multiple(name: str, value, multiple: int) -> None:
         raise ValueError(f"{name}={value} must be a multiple of {multiple}; nearest {nearest}")
 
 
-def _check_positive(name: str, value) -> None:
+def _check_positive(name: str, value, high: float | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}={value!r} has type {type(value).__name__}; pass a number")
     if not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name}={value} must be a finite number above 0")
+    if high is not None and value > high:
+        raise ValueError(f"{name}={value} must be at most {high}")
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class EPConfig:
         of the layer is a list of R tensors, as is the result.
     arrive_deadline_s: seconds until every rank must have entered a call, or the workspace's construction, reset() or
         close(); kernel compilation does not count. Raise it where ranks load models at different speeds.
-    step_deadline_s: seconds any later wait of that call may take.
+    step_deadline_s: seconds any later wait of that call may take, at most 2000.
     num_sms: SMs the kernel may use, all ranks of this process together; None = all. No meaning on CPU.
     ranks_per_domain: neighbouring ranks that form one NVLink domain; None = found from the GPUs' peer access (ranks on
         CPU are one domain).
@@ -149,8 +151,8 @@ class EPConfig:
         _check_int("num_max_tokens_per_rank", self.num_max_tokens_per_rank, 1)
         if self.virtual_ranks is not None:
             _check_int("virtual_ranks", self.virtual_ranks, 1)
-        _check_positive("arrive_deadline_s", self.arrive_deadline_s)
-        _check_positive("step_deadline_s", self.step_deadline_s)
+        _check_positive("arrive_deadline_s", self.arrive_deadline_s, MAX_ARRIVE_DEADLINE_S)
+        _check_positive("step_deadline_s", self.step_deadline_s, MAX_STEP_DEADLINE_S)
         if self.num_sms is not None:
             _check_int("num_sms", self.num_sms, 1)
         if self.ranks_per_domain is not None:

@@ -250,6 +250,11 @@ def _plan(checkpoint: Checkpoint, make) -> dict[str, list[tuple[Source, Conversi
             refused.setdefault(refusal, []).append(name)
         elif BLOCKS.search(name):
             problems += _blocks_problems(checkpoint, name, info)
+        elif name + SCALE in names and (info.dtype, len(info.shape)) != ("F8_E4M3", 2):
+            problems.append(
+                f"layout: {name} is {info.dtype} {list(info.shape)}; scale factors such as {name}{SCALE} are read of "
+                "F8_E4M3 matrices only"
+            )
         elif info.dtype == "F8_E4M3" and len(info.shape) == 2:
             sf = checkpoint.describe(name + SCALE) if name + SCALE in names else None
             wanted = tuple(map(blocks_of, info.shape))

@@ -93,8 +93,8 @@ class FusedWorkspace:
             num_sms = min(workspace.ep_config.num_sms or 10**6, device_info(self.device.index).num_sms)
             self.ctas_per_rank = layout.ctas_per_rank(num_sms, self.num_ranks)
             if self.ctas_per_rank < 2:
-                raise ValueError(f"num_sms={num_sms} is less than virtual_ranks={self.num_ranks}; "
-                                 "give each rank two SMs")  # fmt: skip
+                raise ValueError(f"num_sms={num_sms} is less than two for each of virtual_ranks={self.num_ranks}; "
+                                 "raise it, or use fewer ranks")  # fmt: skip
             self.dims = layout.dims_of(workspace.moe_configs, self.ep_config, self.ep_size, self.ctas_per_rank)
             check_blocks(workspace.moe_configs, self.ep_size, self.ep_config)
             self.debug = debug_level() > 0
@@ -241,7 +241,7 @@ class FusedEngine:
         # Without slots or staging memory for plans ids are slots, and the kernel does nothing for them
         self.replicas: DeviceReplicas | None = None
         if shared.ep_config.takes_plans:
-            self.replicas = DeviceReplicas(config, shared, self.slots)
+            self.replicas = DeviceReplicas(config, shared, self.slots, workspace.staging)
             for rank, counts in zip(p.ranks, self.replicas.counts, strict=False):
                 rank.replica_map, rank.load_count = self.replicas.map.data_ptr(), counts.data_ptr()
         p.layer = workspace.num_layers % (1 << layout.HEAD_LAYER_BITS)
@@ -262,7 +262,7 @@ class FusedEngine:
                 self.packing.pack_expert(2, w.linear2[e], w.linear2_sf[e], linear2[e])
             for kept, given in zip(biases, (w.linear1_bias, w.linear2_bias), strict=False):
                 kept.view(torch.float32)[: len(given)] = given
-        if self.replicas is not None and self.replicas.placement_version > 1:
+        if self.replicas is not None and self.replicas.placement_version > 1:  # also one that is only staged so far
             self.replicas.reset()
 
     def _point_at_images(self) -> None:
@@ -383,18 +383,18 @@ class FusedEngine:
          p.combine_columns, p.combine_chunks) = cut  # fmt: skip
         self.cut, self.key, self.kind = cut, (self.config.weight_format, block, self.extras), kind
 
-    def _new_cut(self, num_tokens_bound: int) -> tiles.Cut:
+    def _new_cut(self, bound: int) -> tiles.Cut:
         warps = self.shared.ctas_per_rank * (layout.EXCHANGE_WARPS + layout.MATH_WARPS)
-        cut = tiles.cut_launch(self.config, self.ep_size, num_tokens_bound, warps)
-        return self.cuts.setdefault(num_tokens_bound, cut)
+        return self.cuts.setdefault(bound, tiles.cut_launch(self.config, self.ep_size, bound, warps))
 
     def _new_launch(self, kernel: LoadedKernel) -> BoundLaunch:
         ctas = self.shared.ctas_per_rank * self.shared.num_ranks
-        self.launches[kernel] = launch = kernel.bind(ctas, layout.NUM_THREADS, self.params)
-        return launch
+        return self.launches.setdefault(kernel, kernel.bind(ctas, layout.NUM_THREADS, self.params))
 
     def check(self) -> None:
         self.shared.check()
 
     def close(self) -> None:
         self.images, self.launches, self.kernel, self.launch = [], {}, None, None
+        if self.replicas is not None:
+            self.replicas.drop_staged()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megamoe.config import MoEConfig
+from megamoe.errors import MegaMoEError
 from megamoe.plan.choice import ReplicaMap
 from megamoe.rebalance import Move, default_placement
 from megamoe.route.replica import choose_replicas
@@ -17,7 +18,8 @@ from megamoe.steps import ExpertWeights, RankInput, moe_layer
 class TorchEngine:
     """Holds the weights and runs the specification. The layer has validated everything; nothing is checked again.
 
-    placement: int64 [ep_size * slots], the expert that each slot holds, -1 = none; placement_version changes with it.
+    placement: int64 [ep_size * slots], the expert that each slot holds, -1 = none; placement_version changes with it,
+        and with what is staged.
     load_count: per rank held here (logical int64 [num_experts], physical int64 [slots]), rows served so far.
     """
 
@@ -25,7 +27,7 @@ class TorchEngine:
 
     def __init__(self, config: MoEConfig, workspace):
         self.config = config
-        self.exchange = workspace.exchange
+        self.exchange, self.room = workspace.exchange, workspace.staging
         self.ep_size = workspace.ep_size
         self.slots = workspace.ep_config.num_slots(config, self.ep_size)
         self.placement = default_placement(config.num_experts, self.ep_size, self.slots)
@@ -64,13 +66,16 @@ class TorchEngine:
         self.placement = default_placement(self.config.num_experts, self.ep_size, self.slots)
         self.placement_version += 1
         self._replicas, self._staged = None, []
+        self.room.release(self)
 
     def check_fits(self, replicas: ReplicaMap) -> None:
         """Any map does."""
 
     def stage(self, moves: list[Move]) -> None:
         """Fetch the moved experts' weights; they wait until apply(). MegaMoEError if a peer does not come."""
+        self.room.take(self)
         self._staged = []
+        self.placement_version += 1  # whoever staged before may not apply any more
         sends = [
             [
                 tuple(t[_slots(m.src_slot for m in moves if (m.src_rank, m.dst_rank) == (rank, dst))]
@@ -79,7 +84,11 @@ class TorchEngine:
             ]
             for rank, weights in zip(self.exchange.ranks, self.weights, strict=True)
         ]  # fmt: skip
-        self._staged = self.exchange.all_to_all(sends, "dispatch")
+        try:
+            self._staged = self.exchange.all_to_all(sends, "dispatch")
+        except MegaMoEError:
+            self.room.release(self)
+            raise
 
     def apply(self, moves: list[Move], placement: np.ndarray, replicas: ReplicaMap) -> None:
         """Put staged weights into their slots and the map in force, between two calls."""
@@ -91,6 +100,7 @@ class TorchEngine:
                     target[slots] = source
         self.placement, self._replicas = placement, replicas
         self.placement_version += 1
+        self.room.release(self)
 
     def settle(self) -> None:
         """Nothing to wait for: stage() has received everything."""
@@ -140,6 +150,7 @@ class TorchEngine:
 
     def close(self) -> None:
         self.weights = self._loaded_by = None
+        self.room.release(self)
 
 
 def _used(rank_input: RankInput) -> Tensor:

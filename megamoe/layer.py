@@ -32,8 +32,8 @@ class MoELayer(nn.Module):
     """One expert-parallel MoE layer, inference only: forward runs without autograd and its result has no gradient.
 
     config: must be one of workspace.moe_configs. workspace: shared with other layers.
-    weights_of: a layer of the same config in another workspace, whose weights this one uses too, also those that it
-        loads later. Not while either is running.
+    weights_of: a layer of the same config in another workspace of the same ranks, whose weights this one uses too, also
+        those that it loads later. Not while either is running.
     On a CUDA workspace forward is one fused kernel on the current stream; on CPU it is megamoe/steps.py. Where the
     ranks are several NVLink domains, an exchange between domains goes before and after it (megamoe/domains/engine.py).
     With EPConfig(virtual_ranks=R) every tensor argument below is a list of R tensors, one per rank, and so is the
@@ -58,7 +58,8 @@ class MoELayer(nn.Module):
         self._weights_of = weights_of
         if weights_of is not None and weights_of.config != config:
             raise ValueError(f"weights_of has config={weights_of.config}, this layer {config}; use equal ones")
-        checks.equal_slots(workspace.ep_config, weights_of and weights_of.workspace.ep_config)
+        if weights_of is not None:
+            checks.equal_places(workspace, weights_of.workspace)
         self.handle = torch_op.register(self)
         self._engine = make_engine(config, workspace)
         self.index = len(workspace.layers)
@@ -76,8 +77,9 @@ class MoELayer(nn.Module):
         linear1_bias: Tensor | Sequence[Tensor] | None = None,
         linear2_bias: Tensor | Sequence[Tensor] | None = None,
     ) -> None:
-        """Copy in the local experts; again later, in place (also under captured graphs). MoEConfig.num_shared_experts
-        more follow them in each tensor, equal on all ranks, and count as local experts in the shapes below.
+        """Copy in the local experts, on the current stream; again later, in place (also under captured graphs).
+        MoEConfig.num_shared_experts more follow them in each tensor, equal on all ranks, and count as local experts in
+        the shapes below.
 
         linear1: [num_local_experts, 2 * intermediate, hidden], first the gate rows, then the up rows.
         linear2: [num_local_experts, hidden, intermediate].

@@ -354,13 +354,18 @@ def one_domain(workspace) -> None:
         )
 
 
-def equal_slots(mine: EPConfig, theirs: EPConfig | None) -> None:
-    """ValueError where a layer cannot use the weights, in their slots, of one on a workspace made otherwise."""
-    for name in ("num_redundant_slots_per_rank", "num_staged_experts") if theirs is not None else ():
-        if getattr(mine, name) != getattr(theirs, name):
+def equal_places(mine, theirs) -> None:
+    """ValueError where a layer on the workspace `mine` cannot use the weights, in their slots, of one on `theirs`."""
+    facts = [
+        (("ep_size", w.ep_size), ("ep_rank", w.ep_rank), ("ranks a process", w.num_ranks_here), ("device", w.device),
+         ("domains", w.ep_config.num_domains(w.ep_size)), ("num_staged_experts", w.ep_config.num_staged_experts),
+         ("num_redundant_slots_per_rank", w.ep_config.num_redundant_slots_per_rank))
+        for w in (mine, theirs)
+    ]  # fmt: skip
+    for (name, here), (_, there) in zip(*facts, strict=True):
+        if here != there:
             raise ValueError(
-                f"weights_of is on a workspace with {name}={getattr(theirs, name)}, this layer on one with "
-                f"{getattr(mine, name)}; use equal ones"
+                f"weights_of is on a workspace with {name}={there}, this layer on one with {here}; use equal ones"
             )
 
 

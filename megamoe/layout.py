@@ -22,6 +22,8 @@ MAX_VIRTUAL_RANKS = 8
 MAX_TOPK = 16  # four bits of a row's name
 MAX_LOCAL_EXPERTS = 256  # shared-memory tables of the plan step
 MAX_TOKENS = 1 << 20  # twenty bits of a row's name
+MAX_ARRIVE_DEADLINE_S = 10**9  # nanoseconds in 64 bits
+MAX_STEP_DEADLINE_S = 2000  # combine waits two of them, in 32 bits of microseconds: now_us in pipeline/5_combine.cuh
 HEAD_SLICE_TOKENS = 16  # tokens whose routing travels behind one flag
 HEAD_TOKENS_BITS, HEAD_LAYER_BITS = 21, 10  # of the word that says how many tokens a rank has; 31: its order of K
 

@@ -9,9 +9,11 @@ the last.
 
 from collections import Counter
 from typing import NamedTuple
+from weakref import ref
 
 import numpy as np
 
+from megamoe.errors import absent_ranks_named
 from megamoe.plan.choice import replica_map
 from megamoe.plan.relabel import match_ranks
 
@@ -124,9 +126,35 @@ class _Step:
         self.chosen.append((expert, rank, slot))
 
 
+class Staging:
+    """Room for weights on the move, one for all layers of a workspace: whose they are, and in which of two banks.
+
+    Two banks: a peer may not have emptied the one of the step before, whichever layer's that was, but the call since
+    then, in which it took part, came after it had emptied the one before that.
+    """
+
+    def __init__(self):
+        self._owner, self.bank = None, 0
+
+    def take(self, engine) -> None:
+        """For weights of this engine, in the other bank. RuntimeError while another's are there."""
+        owner = self._owner and self._owner()  # None also where that engine is gone
+        if owner not in (None, engine):
+            raise RuntimeError(
+                "weights of another layer of the workspace are on the move; finish its rebalance, or load its weights, "
+                "before this one begins"
+            )
+        self._owner, self.bank = ref(engine), self.bank ^ 1
+
+    def release(self, engine) -> None:
+        """What was staged is in force, or not wanted any more."""
+        if self._owner is not None and self._owner() is engine:
+            self._owner = None
+
+
 class Rebalance:
     """A rebalance under way; `MoELayer.rebalance` makes it. Collective: every rank makes the same steps between the
-    same calls.
+    same calls. One layer of a workspace at a time: the room for weights on the move is shared.
 
     step() does a part and returns whether the plan is in force; finish() does the rest at once. num_steps: calls of
     step() in all. moved_bytes: weights that all ranks receive. After an error the placement of the last step stays in
@@ -152,25 +180,29 @@ class Rebalance:
     def step(self) -> bool:
         """Puts what was staged before in force, then stages the next experts. Enqueued on the current stream on CUDA.
 
-        On CUDA at least one call of a layer of the workspace must lie between two steps, on every rank: it is what
-        tells a rank that its peers' weights have come.
+        On CUDA at least one call of a layer of the workspace must lie between two steps, also of different layers, on
+        every rank: it is what tells a rank that its peers' weights have come, and that they have emptied a bank.
+        RuntimeError where what was staged is old, or another layer's weights are on the move.
         """
         if self.finished:
             return True
         if self._version != self._engine.placement_version:
-            raise RuntimeError("the placement was changed since this rebalance began; start a new one")
+            raise RuntimeError("weights were loaded or moved since this rebalance's last step; start a new one")
         if self._staged is not None or not self._steps:
             self._apply()
         if self._done < len(self._steps):
             self._engine.stage(self._steps[self._done])  # may raise: nothing is in force yet
-            self._staged = self._steps[self._done]
+            self._staged, self._version = self._steps[self._done], self._engine.placement_version
             self._done += 1
         return self.finished
 
     def finish(self) -> None:
-        """All remaining steps; waits for the peers between them instead of for calls."""
-        while not self.step():
+        """All remaining steps; waits for the peers before and between them instead of for calls. MegaMoEError names a
+        rank that does not come."""
+        with absent_ranks_named():
             self._engine.settle()
+            while not self.step():
+                self._engine.settle()
 
     def _apply(self) -> None:
         moves = self._staged or []

@@ -8,7 +8,7 @@ import torch
 from megamoe import layout
 from megamoe.config import MoEConfig
 from megamoe.plan.choice import ReplicaMap, replica_map, words
-from megamoe.rebalance import Move, default_placement
+from megamoe.rebalance import Move, Staging, default_placement
 from megamoe_cuda.launch import copy_async
 
 
@@ -16,13 +16,14 @@ class DeviceReplicas:
     """Belongs to one layer's engine. Everything is enqueued on the current stream and keeps its address, so it may
     happen between replays of a captured graph.
 
-    placement: int64 [ep_size * slots], the expert that each slot holds, -1 = none; placement_version changes with it.
+    placement: int64 [ep_size * slots], the expert that each slot holds, -1 = none; placement_version changes with it,
+        and with what is staged.
     counts: per rank held here int64 [num_experts + slots] on the device, rows served by expert and by slot.
     map: int32 on the device, words of csrc/sched/replica.cuh.
     """
 
-    def __init__(self, config: MoEConfig, shared, slots: int):
-        self.config, self.shared, self.slots = config, shared, slots
+    def __init__(self, config: MoEConfig, shared, slots: int, room: Staging):
+        self.config, self.shared, self.slots, self.room = config, shared, slots, room
         self.ep_size = shared.ep_size
         self.expert_bytes = layout.expert_bytes(config)
         num_slots = slots * self.ep_size
@@ -37,7 +38,6 @@ class DeviceReplicas:
             for _ in range(shared.num_ranks)
         ]
         self.placement_version = 0
-        self._bank = 0
         staging = next(region for region in shared.regions if region.name == "staging")
         self._staging = staging.offset
         self._pitch = math.prod(staging.shape[2:])
@@ -45,8 +45,13 @@ class DeviceReplicas:
 
     def reset(self) -> None:
         """The placement without a plan."""
+        self.drop_staged()
         placed = default_placement(self.config.num_experts, self.ep_size, self.slots)
         self.put_in_force(placed, replica_map(placed, self.config.num_experts, self.ep_size, "static"))
+
+    def drop_staged(self) -> None:
+        """Its place is free for another layer's."""
+        self.room.release(self)
 
     def check_fits(self, replicas: ReplicaMap) -> None:
         """ValueError where the kernel's tables are too small for this map."""
@@ -71,12 +76,9 @@ class DeviceReplicas:
         self.placement_version += 1
 
     def stage(self, moves: list[Move], images: list[tuple[torch.Tensor, ...]]) -> None:
-        """Push this process's experts into the receivers' staging memory, in the other bank than last time.
-
-        Two banks: a peer may not have emptied the one of the step before, but the call since then, in which it took
-        part, came after it had emptied the one before that.
-        """
-        self._bank ^= 1
+        """Push this process's experts into the receivers' staging memory."""
+        self.room.take(self)
+        self.placement_version += 1  # whoever staged before may not apply any more: another bank is read now
         stream = torch.cuda.current_stream(self.shared.device).cuda_stream
         first = self.shared.first_rank
         for move, place in self._places(moves):
@@ -99,11 +101,12 @@ class DeviceReplicas:
                 image = tensor[move.dst_slot].view(-1)
                 image.copy_(staged[: len(image)])
                 staged = staged[len(image) :]
+        self.room.release(self)
 
     def _places(self, moves):
         # (move, byte of the receiver's arena): arrivals of a rank lie side by side, in the order of the moves
         arrived = [0] * self.ep_size
-        bank = self._staging + self._bank * self.shared.dims.num_staged_experts * self._pitch
+        bank = self._staging + self.room.bank * self.shared.dims.num_staged_experts * self._pitch
         for move in moves:
             yield move, bank + arrived[move.dst_rank] * self._pitch
             arrived[move.dst_rank] += 1

@@ -71,7 +71,12 @@ class GpuClock:
         from megamoe_cuda.symmetric import HostStatus
 
         kernel = compile_clock()
-        self._kernel, self._memory = LoadedKernel(kernel.cubin, kernel.entry), HostStatus(ctypes.sizeof(Words))
+        self._memory = HostStatus(ctypes.sizeof(Words))
+        try:
+            self._kernel = LoadedKernel(kernel.cubin, kernel.entry)
+        except Exception:
+            self._memory.close()
+            raise
         base = self._memory.device_ptr
         self._params = Params(base + Words.asked.offset, base + Words.answers.offset, int(DEADLINE_S * 1e9), ROUNDS)
 

@@ -13,6 +13,7 @@ from megamoe.config import EPConfig, MoEConfig
 from megamoe.domains.places import Place, check_domains, domains_of, place_of
 from megamoe.errors import MegaMoEError, absent_ranks_named
 from megamoe.exchange import DistExchange, LocalExchange
+from megamoe.rebalance import Staging
 from megamoe.streams import StreamOwner, current_stream_handle
 from megamoe.support import parse_device, support
 from megamoe_cuda.compile import debug_level
@@ -65,6 +66,7 @@ class Workspace:
         self.streams, self.order = StreamOwner(), None
         self.index, self.layers = next_workspace_index(), []
         self.call_checks = {}  # of its layers, by MoEConfig
+        self.staging = Staging()
         self.num_ranks_here = ep_config.virtual_ranks or 1
         self.ep_size = ep_config.virtual_ranks or group_size
         with absent_ranks_named():

@@ -13,7 +13,7 @@
     bytes_sent
         Bytes enqueued for other domains since the start.
 
-torch.distributed carries the bytes today. ARCHITECTURE.md says what takes its place where GPUs drive the network.
+torch.distributed carries the bytes today; benchmarks/notes/0009 says what takes its place where GPUs drive the network.
 """
 
 import torch

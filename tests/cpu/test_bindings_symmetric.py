@@ -71,6 +71,12 @@ def test_host_status_is_one_memory_for_host_and_device(monkeypatch):
     status.close()
     assert calls[1:] == [ctypes.addressof(backing)] and status.host is None
 
+    calls.clear()
+    monkeypatch.setattr(Fake, "cuMemHostGetDevicePointer", staticmethod(lambda address, flags: (1, None)))
+    with pytest.raises(errors.CudaCallError, match="cuMemHostGetDevicePointer failed"):
+        HostStatus(64)
+    assert calls == [(64, 3), ctypes.addressof(backing)]  # given back
+
 
 @pytest.mark.parametrize(("num_bytes", "granularity"), [(1, 64 * MIB), (300 * MIB, 128 * MIB), (8 * GIB, 512 * MIB)])
 def test_environment_fits_the_arena(num_bytes, granularity):

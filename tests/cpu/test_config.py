@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import megamoe
-from megamoe import EPConfig, MoEConfig, plan_memory, support
+from megamoe import EPConfig, MoEConfig, layout, plan_memory, support
 
 GOOD = {"hidden": 256, "intermediate": 128, "num_experts": 8, "topk": 2}
 
@@ -46,6 +46,8 @@ def test_moe_config_names_the_field_its_value_and_the_remedy(field, value, error
         ("virtual_ranks", 0, "virtual_ranks=0 must be at least 1"),
         ("arrive_deadline_s", -1.0, "arrive_deadline_s=-1.0 must be a finite number above 0"),
         ("step_deadline_s", float("inf"), "step_deadline_s=inf must be a finite number above 0"),
+        ("arrive_deadline_s", 1e10, "arrive_deadline_s=10000000000.0 must be at most 1000000000"),
+        ("step_deadline_s", 2001, "step_deadline_s=2001 must be at most 2000"),
         ("num_sms", 0, "num_sms=0 must be at least 1"),
     ],
 )
@@ -53,6 +55,13 @@ def test_ep_config_names_the_field_its_value_and_the_remedy(field, value, text):
     with pytest.raises(ValueError) as raised:
         EPConfig(**({"num_max_tokens_per_rank": 8} | {field: value}))
     assert str(raised.value).startswith(text)
+
+
+def test_the_longest_deadlines_fit_the_kernels_clocks():
+    """Of 32-bit microseconds (5_combine.cuh) two step deadlines take part, of 64-bit nanoseconds twice any."""
+    ep_config = EPConfig(8, arrive_deadline_s=layout.MAX_ARRIVE_DEADLINE_S, step_deadline_s=layout.MAX_STEP_DEADLINE_S)
+    assert 2 * ep_config.step_deadline_s * 10**6 < 2**32
+    assert 2 * ep_config.arrive_deadline_s * 10**9 < 2**63
 
 
 def test_configs_are_frozen_and_hashable():

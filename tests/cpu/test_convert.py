@@ -127,18 +127,21 @@ def test_one_error_lists_all_that_is_wrong_and_nothing_is_written(tmp_path, caps
     tensors, prefix = read(tmp_path / "fp8"), "model.layers.0.mlp.experts"
     del tensors[f"{prefix}.0.up_proj.weight_scale_inv"], tensors[f"{prefix}.1.up_proj.weight"]
     tensors[f"{prefix}.2.down_proj.weight_scale_inv"] = torch.ones(1, 1)
+    tensors |= {"head.weight": torch.ones(128, 128, dtype=torch.int8), "head.weight_scale_inv": torch.ones(1, 1)}
     (tmp_path / "bad").mkdir()
     safetensors_torch.save_file(tensors, tmp_path / "bad" / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
         convert(tmp_path / "bad", tmp_path / "dst", "bf16")
     assert caught.value.problems == (
         f"extra: {prefix}.1.up_proj.weight_scale_inv belongs to no tensor",
+        "layout: head.weight is I8 [128, 128]; scale factors such as head.weight_scale_inv are read of F8_E4M3 "
+        "matrices only",
         f"misshapen: {prefix}.2.down_proj.weight_scale_inv is [1, 1], blocks of 128 give [2, 2]",
         f"missing: {prefix}.0.up_proj.weight_scale_inv, the scale factors of an e4m3 tensor",
     )
     assert not (tmp_path / "dst").exists()
     assert main(["convert", str(tmp_path / "bad"), str(tmp_path / "dst"), "--format", "bf16"]) == 1
-    assert "3 problems" in capsys.readouterr().err
+    assert "4 problems" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "fp8"), str(tmp_path / "fp8"), "--format", "bf16"]) == 1
 
 

@@ -29,7 +29,7 @@ def bits(tensors):
 def call(workspace, case, **more):
     layer = MoELayer(case.config, workspace)
     linear1, linear1_sf, linear2, linear2_sf = map(list, zip(*(w[:4] for w in case.weights), strict=True))
-    if case.config.weight_format == "fp8":
+    if case.config.has_e4m3_activations:
         layer.load_weights(linear1, linear2, linear1_sf, linear2_sf)
     else:
         layer.load_weights(linear1, linear2)
@@ -44,10 +44,13 @@ def same(y, case, num_domains):
 
 
 @pytest.mark.parametrize("limit", [None, 1, 7])
-@pytest.mark.parametrize("seed", range(6))
-def test_random_cases_are_the_specification_bit_for_bit(seed, limit):
-    """NaN tokens, num_tokens, int64 ids, bf16 weights, idle ranks and clamps, as random_case draws them."""
-    drawn = random_case(seed, ep_sizes=(4, 8), sizes=(128,), max_tokens=12, max_local_experts=3)
+@pytest.mark.parametrize("seed, weight_format", [*((s, "fp8") for s in range(6)), (9, "mxfp4"), (11, "mxfp4")])
+def test_random_cases_are_the_specification_bit_for_bit(seed, weight_format, limit):
+    """NaN tokens, num_tokens, prequantized x, int64 ids, bf16 weights, idle ranks and clamps, as random_case draws
+    them."""
+    drawn = random_case(
+        seed, ep_sizes=(4, 8), sizes=(128,), max_tokens=12, max_local_experts=3, weight_format=weight_format
+    )
     case = drawn.case
     inputs = [
         i._replace(num_tokens=torch.tensor([len(i.x)], dtype=torch.int32)) if i.num_tokens is None else i
@@ -132,6 +135,27 @@ def test_memory_plan_explains_the_exchange():
     assert "domain_send" in two.explain() and "domain_send" not in one.explain()
     fewer = plan_memory(config, EPConfig(512, ranks_per_domain=8, domain_tokens=64), 16)
     assert fewer.local_bytes < two.local_bytes and fewer.symmetric_bytes < two.symmetric_bytes
+
+
+@pytest.mark.parametrize("weight_format", ["fp8", "mxfp4"])
+def test_a_token_takes_its_place_in_every_buffer(weight_format):
+    """Buffers are sized from the configuration, before a token is seen: what any call packs must fit."""
+    config, ep_config = replace(TINY, weight_format=weight_format), EPConfig(5, ranks_per_domain=1)
+    room = {buffer.name: buffer.bytes for buffer in resources.buffers_of([config], ep_config, 2)}
+    x = torch.randn(5, 128).bfloat16()
+    routing = torch.zeros(5, 3, dtype=torch.int64), torch.ones(5, 3, dtype=torch.bfloat16)
+    for given in (x, None), quantize_rows(x):
+        rows, form = pack(config, RankInput(*given, *routing))
+        assert 2 * rows.nbytes == room["domain_send"] == room["domain_recv"]
+        taken = {}
+
+        def take(name, shape, dtype, taken=taken):
+            taken[name] = torch.empty(shape, dtype=dtype)
+            return taken[name]
+
+        unpack(config, rows.repeat(2, 1), form, 2, 1, take)
+        assert {f"domain_{name}": part.nbytes for name, part in taken.items()}.items() <= room.items()
+        assert set(taken) == {"x", "x_sf", "topk_idx", "topk_weights"}
 
 
 def test_sizes_that_cannot_be_are_named():

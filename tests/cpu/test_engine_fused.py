@@ -4,15 +4,18 @@ import ctypes
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from megamoe import EPConfig, MoEConfig, layout
+from megamoe import EPConfig, MoEConfig, layout, replicas
 from megamoe.engine_fused import FusedEngine
 from megamoe.quant import mxfp4_images
 from megamoe.quant import weights as fp8_images
+from megamoe.rebalance import Rebalance, Staging
 from megamoe.steps import OAI_ALPHA
 from megamoe.testing.data import make_case
+from megamoe_cuda.symmetric import HostMemory
 
 RANKS = 2
 
@@ -21,6 +24,22 @@ def make_engine(config: MoEConfig, layers_before: int = 0) -> FusedEngine:
     shared = SimpleNamespace(ep_size=RANKS, ep_config=EPConfig(8, RANKS), device=torch.device("cpu"), num_ranks=RANKS,
                              base_params=layout.KernelParams, cuts={})  # fmt: skip
     return FusedEngine(config, SimpleNamespace(fused=shared, num_layers=layers_before))
+
+
+def make_planned_engines(config: MoEConfig, monkeypatch, layers: int = 1) -> list[FusedEngine]:
+    """Layers of one workspace, with room for plans; copies are the host's, at once."""
+    ep_config = EPConfig(8, RANKS, num_redundant_slots_per_rank=1, num_staged_experts=1)
+    dims = layout.dims_of([config], ep_config, RANKS)
+    regions, nbytes, _ = layout.place(dims)
+    memory = HostMemory(nbytes, RANKS)
+    shared = SimpleNamespace(ep_size=RANKS, ep_config=ep_config, device=torch.device("cpu"), num_ranks=RANKS, cuts={},
+                             base_params=layout.KernelParams, first_rank=0, regions=regions, dims=dims, memory=memory,
+                             check=lambda: None)  # fmt: skip
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(replicas, "copy_async", lambda dst, src, nbytes, stream: ctypes.memmove(dst, src, nbytes))
+    workspace = SimpleNamespace(fused=shared, num_layers=0, staging=Staging())
+    return [FusedEngine(config, workspace) for _ in range(layers)]
 
 
 def floats(pointer: int, *shape: int) -> torch.Tensor:
@@ -64,3 +83,56 @@ def test_ranks_that_call_different_layers_can_tell():
     most = 1 << layout.HEAD_LAYER_BITS
     numbers = [make_engine(MoEConfig(256, 128, 8, 2), before).params.layer for before in (0, 1, most - 1, most)]
     assert numbers == [0, 1, most - 1, 0]
+
+
+def rebalance_of(engine: FusedEngine, per_step: int = 1) -> Rebalance:
+    """Of experts 0 to 3 on two ranks: each receives the other's first."""
+    return Rebalance(engine, np.array([[0, 1, 2], [2, 3, 0]]), "static", per_step, np.ones(4), 1)
+
+
+def test_weights_on_the_move_are_not_applied_behind_newer_ones(monkeypatch):
+    """load_weights between a rebalance's first stage, before anything is in force, and its next step."""
+    config = MoEConfig(256, 128, 4, 2)
+    first, second = (make_case(seed, config, RANKS, 3).weights for seed in (1, 2))
+    for reload in (False, True):
+        (engine,) = make_planned_engines(config, monkeypatch)
+        engine.load_weights(first)
+        rebalance = rebalance_of(engine)
+        assert not rebalance.step()
+        if reload:
+            engine.load_weights(second)
+            with pytest.raises(RuntimeError, match="start a new one"):
+                rebalance.step()
+            assert engine.placement.tolist() == [0, 1, -1, 2, 3, -1]
+        else:
+            assert rebalance.step() and engine.placement.tolist() == [0, 1, 2, 2, 3, 0]
+            for ours, theirs in zip(*engine.images, strict=True):
+                assert torch.equal(ours[2], theirs[0]) and torch.equal(theirs[2], ours[0])
+
+
+def test_layers_share_the_room_for_weights_on_the_move(monkeypatch):
+    """One layer at a time, and the bank of the step before, which a peer may not have emptied, is never the next."""
+    config = MoEConfig(256, 128, 4, 2)
+    engines = make_planned_engines(config, monkeypatch, 3)
+    for seed, engine in enumerate(engines):
+        engine.load_weights(make_case(seed, config, RANKS, 3).weights)
+    rebalances = [rebalance_of(engine) for engine in engines]
+    banks = []
+    for rebalance, behind in zip(rebalances, (*rebalances[1:], None), strict=True):
+        assert not rebalance.step()
+        banks.append(engines[0].replicas.room.bank)
+        if behind is not None:
+            with pytest.raises(RuntimeError, match="of another layer of the workspace are on the move; finish"):
+                behind.step()
+        assert rebalance.step()
+    assert banks == [1, 0, 1]
+    for engine in engines:
+        for ours, theirs in zip(*engine.images, strict=True):
+            assert torch.equal(ours[2], theirs[0]) and torch.equal(theirs[2], ours[0])
+    for let_go in (lambda e: e.load_weights(make_case(9, config, RANKS, 3).weights), FusedEngine.close):
+        engines = make_planned_engines(config, monkeypatch, 2)
+        for engine in engines:
+            engine.load_weights(make_case(0, config, RANKS, 3).weights)
+        assert not rebalance_of(engines[0]).step()
+        let_go(engines[0])
+        assert not rebalance_of(engines[1]).step()

@@ -12,6 +12,7 @@ from megamoe.plan import drift, popularity
 from megamoe.plan.relabel import match_ranks
 from megamoe.rebalance import default_placement, plan_steps
 from megamoe.testing.data import make_case
+from megamoe_cuda.gather import AbsentRankError
 
 CONFIG = MoEConfig(hidden=256, intermediate=128, num_experts=12, topk=3)
 RANKS, SPARE = 4, 2
@@ -117,6 +118,62 @@ def test_a_failure_half_way_leaves_the_last_placement_in_force(monkeypatch):
         rebalance.step()
 
 
+@pytest.mark.parametrize("meanwhile", ["weights are loaded", "another rebalance stages", "another is through"])
+def test_what_was_staged_is_not_applied_once_it_is_old(meanwhile):
+    """Its weights would be those of before, or another rebalance's."""
+    layer, case = make_layer()
+    expert_bytes = layer._engine.expert_bytes
+    rebalance = layer.rebalance(make_plan(), max_bytes=expert_bytes)
+    assert not rebalance.step()
+    other = layer.rebalance(make_plan("lognormal"))
+    if meanwhile == "weights are loaded":
+        case = make_case(4, CONFIG, RANKS, [40, 0, 17, 64])
+        load(layer, case)
+    elif meanwhile == "another rebalance stages":
+        other.step()
+    else:
+        other.finish()
+    with pytest.raises(RuntimeError, match="start a new one"):
+        rebalance.step()
+    if meanwhile == "another rebalance stages":
+        other.finish()
+    untouched, _ = make_layer()
+    load(untouched, case)
+    assert torch.equal(run(layer, case), run(untouched, case))
+
+
+def test_one_layer_of_a_workspace_moves_at_a_time(monkeypatch):
+    layer, case = make_layer()
+    other = MoELayer(CONFIG, layer.workspace)
+    load(other, case)
+    rebalance = layer.rebalance(make_plan())
+    assert not rebalance.step()
+    with pytest.raises(RuntimeError, match="of another layer of the workspace are on the move"):
+        other.load_plan(make_plan())
+    rebalance.finish()
+    other.load_plan(make_plan())
+    assert torch.equal(run(layer, case), run(other, case))
+
+    def fail(sends, step):
+        raise MegaMoEError("rank 2 did not come")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer._engine.exchange, "all_to_all", fail, raising=False)
+        with pytest.raises(MegaMoEError):
+            layer.load_plan(make_plan("lognormal"))
+    other.load_plan(make_plan("lognormal"))  # nothing of the failed step is in the way
+    assert torch.equal(run(layer, case), run(other, case))
+
+
+def test_a_rank_that_does_not_come_to_a_plan_is_named(monkeypatch):
+    layer, _ = make_layer()
+    absent = AbsentRankError("rank 0 waited 1.0 s at arena for rank 2, which was not seen yet", 0, (2,), "arena", 4)
+    monkeypatch.setattr(layer._engine, "settle", lambda: (_ for _ in ()).throw(absent))
+    with pytest.raises(MegaMoEError, match="role host step arena: rank 0 waited") as raised:
+        layer.load_plan(make_plan())
+    assert raised.value.record.index == 2
+
+
 def some_placement(rng, ranks, slots, local):
     placed = [list(row) for row in rng.permutation(local * ranks).reshape(ranks, local)]
     for row in placed:
@@ -208,8 +265,13 @@ def test_a_layer_with_the_weights_of_another_follows_its_plan():
     assert served == [used, 2 * used]
     with pytest.raises(RuntimeError, match="weights of another"):
         second.load_plan(make_plan())
-    with pytest.raises(ValueError, match="num_redundant_slots_per_rank=2, this layer on one with 0"):
-        MoELayer(CONFIG, Workspace(CONFIG, EPConfig(64, RANKS), device="cpu"), weights_of=first)
+    for other, named in (
+        (EPConfig(64, RANKS), "num_redundant_slots_per_rank=2, this layer on one with 0"),
+        (replace(ep_config, virtual_ranks=2), "ep_size=4, this layer on one with 2"),
+        (replace(ep_config, ranks_per_domain=2), "domains=1, this layer on one with 2"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            MoELayer(CONFIG, Workspace(CONFIG, other, device="cpu"), weights_of=first)
 
 
 def test_several_domains_refuse_a_plan_and_count_load():

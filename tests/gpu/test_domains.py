@@ -1,5 +1,7 @@
 """Several domains on one GPU: virtual ranks, a kernel a domain, copies in memory between them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -44,6 +46,17 @@ def test_random_case_matches_the_specification(seed, limit):
             with MoELayer(plan.config, workspace) as layer:
                 oracle.load(layer, case)
                 judge(layer, case, plan.bound)
+
+
+@pytest.mark.parametrize("limit", [None, 16])
+@pytest.mark.parametrize("prequantized", [False, True])
+def test_mxfp4_tokens_fit_the_buffers(prequantized, limit):
+    """They travel in e4m3, as with FP8 weights, and the memory plan counts on it."""
+    config = replace(CONFIG, weight_format="mxfp4")
+    case = make_case(7, config, 4, [40, 0, 39, 8], "holes", "cuda", prequantized=prequantized)
+    with opened(config, 4, 2, 40, domain_tokens=limit) as workspace, MoELayer(config, workspace) as layer:
+        oracle.load(layer, case)
+        judge(layer, case)
 
 
 def test_two_micro_batches(monkeypatch):

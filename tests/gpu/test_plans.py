@@ -87,6 +87,22 @@ def test_a_rebalance_goes_on_between_replays_of_one_graph(weight_format, num_tok
         del graph
 
 
+def test_layers_take_turns_with_the_room_for_weights_on_the_move():
+    with opened((9, 12, 3, 1)) as (layer, case), MoELayer(CONFIG, layer.workspace) as other:
+        oracle.load(other, case)
+        first = oracle.bits(oracle.run_layer(layer, case))
+        rebalance = layer.rebalance(make_plan())
+        assert not rebalance.step()
+        with pytest.raises(RuntimeError, match="of another layer of the workspace are on the move"):
+            other.load_plan(make_plan())
+        rebalance.finish()
+        other.load_plan(make_plan("lognormal", 3, 4))
+        for one in (layer, other):
+            assert torch.equal(oracle.bits(oracle.run_layer(one, case)), first)
+        torch.cuda.synchronize()
+        layer.check()
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("wrong", [16, 20, 24, 1000, -2])
 def test_an_id_out_of_range_is_named_as_the_caller_gave_it(choice, wrong):
