@@ -193,7 +193,7 @@ class TwoLevelEngine:
         return torch.zeros(len(rows), self.config.hidden, dtype=self._y_dtype(form), device=rows.device)
 
     def _y_dtype(self, form: RowFormat) -> torch.dtype:
-        return torch.bfloat16 if self.config.weight_format == "fp8" else form.x_dtype
+        return torch.bfloat16 if self.config.has_e4m3_activations else form.x_dtype
 
     def _run(self, count: int, fill: Callable, keep: Callable, form: RowFormat, hint: int) -> None:
         """Exchange, serve and bring back `count` pieces. hint: tokens of a rank in one, for the choice of a tile."""

@@ -33,14 +33,14 @@ class RowFormat(NamedTuple):
 
 
 def row_format(config: MoEConfig, x_dtype: torch.dtype = torch.float8_e4m3fn) -> RowFormat:
-    sf = config.hidden // BLOCK if config.weight_format == "fp8" else 0
+    sf = config.hidden // BLOCK if config.has_e4m3_activations else 0
     return RowFormat(x_dtype, config.hidden * x_dtype.itemsize // 4, sf, config.topk)
 
 
 def pack(config: MoEConfig, rank_input: RankInput) -> tuple[Tensor, RowFormat]:
     """All tokens of one rank: int32 [n, words]. A token from num_tokens on has no used slot. Reads nothing back."""
     x, x_sf, topk_idx, topk_weights, num_tokens = rank_input
-    if config.weight_format == "fp8" and x_sf is None:
+    if config.has_e4m3_activations and x_sf is None:
         x, x_sf = quantize_rows(x)
     form = row_format(config, x.dtype)
     topk_idx = topk_idx.to(torch.int32)

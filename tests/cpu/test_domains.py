@@ -29,7 +29,7 @@ def bits(tensors):
 def call(workspace, case, **more):
     layer = MoELayer(case.config, workspace)
     linear1, linear1_sf, linear2, linear2_sf = map(list, zip(*(w[:4] for w in case.weights), strict=True))
-    if case.config.weight_format == "fp8":
+    if linear1_sf[0] is not None:
         layer.load_weights(linear1, linear2, linear1_sf, linear2_sf)
     else:
         layer.load_weights(linear1, linear2)
@@ -82,6 +82,18 @@ def test_two_micro_batches_give_the_bits_of_one(bound, monkeypatch):
         assert workspace.domains.transport.bytes_sent == rows * (row_bytes(128, 3) + 2 * 128)
 
 
+@pytest.mark.parametrize("limit", [None, 3])
+def test_rows_of_mxfp4_layers_travel_in_e4m3_with_their_scale_factors(limit):
+    case = make_case(2, replace(TINY, weight_format="mxfp4"), 4, [4, 0, 3, 4])
+    pairs = case._replace(inputs=[i._replace(x=q.values, x_sf=q.sf) for i in case.inputs for q in [quantize_rows(i.x)]])
+    with Workspace(case.config, EPConfig(4, 4, ranks_per_domain=2, domain_tokens=limit), device="cpu") as workspace:
+        assert same(call(workspace, case, num_tokens_bound=4), case, 2)
+        sent = workspace.domains.transport.bytes_sent
+        assert same(call(workspace, pairs, num_tokens_bound=4), case, 2)
+        assert workspace.domains.transport.bytes_sent == 2 * sent
+        assert limit or sent == 4 * 4 * (row_bytes(128, 3) + 2 * 128)
+
+
 def test_no_tokens_anywhere_sends_nothing():
     for limit in (None, 2):
         with Workspace(TINY, EPConfig(4, 2, ranks_per_domain=1, domain_tokens=limit), device="cpu") as workspace:
@@ -126,6 +138,8 @@ def test_memory_plan_explains_the_exchange():
     own = {row.name: row.bytes for row in two.rows if row.name.startswith("domain_")}
     assert own["domain_send"] == own["domain_recv"] == 2 * 512 * row_bytes(4096, 6)
     assert own["domain_y"] == own["domain_back"] == 2 * 512 * 4096 * 2
+    mxfp4 = plan_memory(replace(config, weight_format="mxfp4"), EPConfig(512, ranks_per_domain=8), 16)
+    assert own == {row.name: row.bytes for row in mxfp4.rows if row.name.startswith("domain_")}
     of_kernel = {row.name: row.bytes for row in two.rows}
     assert of_kernel["recv_x"] == next(row.bytes for row in one.rows if row.name == "recv_x")  # 8 ranks x 2 x 512
     assert two.local_bytes - sum(row.bytes for row in two.rows if row.where == "local") >= 0
