@@ -94,6 +94,16 @@ def test_rows_of_mxfp4_layers_travel_in_e4m3_with_their_scale_factors(limit):
         assert limit or sent == 4 * 4 * (row_bytes(128, 3) + 2 * 128)
 
 
+def test_layers_with_the_weights_of_another_serve_every_domain():
+    case, ep_config = make_case(1, TINY, 4, [4, 0, 3, 2]), EPConfig(4, 4, ranks_per_domain=2)
+    with Workspace(TINY, ep_config, device="cpu") as workspace, Workspace(TINY, ep_config, device="cpu") as other:
+        first = MoELayer(TINY, workspace)
+        second = MoELayer(TINY, other, weights_of=first)
+        first.load_weights(*([w[i] for w in case.weights] for i in (0, 2, 1, 3)))
+        x, _, topk_idx, topk_weights, _ = map(list, zip(*case.inputs, strict=True))
+        assert same(second(x, topk_idx, topk_weights), case, 2)
+
+
 def test_no_tokens_anywhere_sends_nothing():
     for limit in (None, 2):
         with Workspace(TINY, EPConfig(4, 2, ranks_per_domain=1, domain_tokens=limit), device="cpu") as workspace:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -215,6 +216,28 @@ def test_check_rejects_broken_plans():
         invert([[0, 4]], 4)
     with pytest.raises(ValueError, match="must divide"):
         ExpertPlan(plan.physical_to_logical, plan.load, plan.share, 3)
+    with pytest.raises(ValueError, match=r"share \(1, 3\) and load \(1, 4\) do not fit"):
+        ExpertPlan(plan.physical_to_logical, plan.load, plan.share[:, :3], 2)
+
+
+def test_check_names_layer_and_slot_or_expert_of_what_is_broken():
+    plan = plan_experts(np.ones((2, 8)), num_ranks=4, num_nodes=2, num_groups=4, num_redundant_experts=4)
+    expert = int(plan.num_replicas[1].argmax())
+    first, last = np.flatnonzero(plan.physical_to_logical[1] == expert)[[0, -1]]
+    share = plan.share.copy()
+    share[1, first] += share[1, last] + 0.25
+    share[1, last] = -0.25
+    with pytest.raises(ValueError, match=f"layer 1: slot {last} has the negative share -0.25"):
+        replace(plan, share=share)
+    home = plan.home_node.copy()
+    home[1, 5] = 1 - home[1, 5]
+    with pytest.raises(ValueError, match="layer 1: expert group 2 has no single home node"):
+        replace(plan, home_node=home)
+    one = plan_experts(np.ones((2, 8)), num_ranks=4, num_nodes=2, num_groups=4)
+    home = one.home_node.copy()
+    home[1, 4:6] = 1 - home[1, 4:6]
+    with pytest.raises(ValueError, match=f"layer 1: expert 4 has no copy on its home node {home[1, 4]}"):
+        replace(one, home_node=home)
 
 
 def test_imports_and_plans_without_torch_or_scipy():
