@@ -48,6 +48,8 @@ def test_golden_plan_of_a_tiny_load():
     assert plan.rank_load[0].max() == 5
     assert sorted(plan.placed[0][plan.rank_load[0].argmax()].tolist()) in ([1, 5], [2, 5], [3, 5], [4, 5])
     assert plan.bound[0] == 4 and plan.gap[0] == 0.25
+    # One expert alone is more than the mean over ranks
+    assert plan_experts([[8, 1, 1, 1]], num_ranks=2).bound[0] == 8
     # No load: copies adjacent, dealt to the ranks in turn.
     assert plan.placed[1].tolist() == [[0, 2], [0, 3], [1, 4], [1, 5]]
     assert plan.balancedness[1] == 1 and plan.gap[1] == 0
@@ -167,6 +169,13 @@ def test_filled_split_comes_within_two_percent_of_the_lp_on_the_next_batch():
             assert best * (1 - 1e-6) <= filled[layer].max() <= best / 0.98
 
 
+def test_layers_of_one_split_may_differ_in_how_many_experts_have_copies():
+    placed = [[0, 1, 0, 2, 0, 3], [0, 1, 0, 1, 2, 3]]  # three ranks: one expert has copies, two have, none has
+    load = np.array([[6.0, 3.0, 2.0, 1.0], [4.0, 4.0, 5.0, 1.0]])
+    assert np.allclose(balanced_split(placed, 3, load), [[4, 4, 4], [4, 4, 6]])
+    assert balanced_split([[0, 1, 2, 3]], 2, load[:1]).tolist() == [[9, 3]]
+
+
 def test_plan_round_trips_through_json():
     import json
     plan = plan_experts(popularity("group", 2, 64, 1), num_ranks=8, num_nodes=4, num_groups=8, num_redundant_experts=16)
@@ -214,6 +223,8 @@ def test_check_rejects_broken_plans():
         ExpertPlan(plan.physical_to_logical, plan.load, plan.share * 0.5, 2)
     with pytest.raises(ValueError, match="outside"):
         invert([[0, 4]], 4)
+    with pytest.raises(ValueError, match=r"holds -1\.\.3, outside"):
+        invert([[3, -1]], 4)
     with pytest.raises(ValueError, match="must divide"):
         ExpertPlan(plan.physical_to_logical, plan.load, plan.share, 3)
     with pytest.raises(ValueError, match=r"share \(1, 3\) and load \(1, 4\) do not fit"):
