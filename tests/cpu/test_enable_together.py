@@ -148,7 +148,8 @@ def absent(rank: int) -> None:
                         raise problem
                 raise AssertionError("the absence of a peer was not told")
         except (MegaMoEError, OSError) as error:
-            assert error is problem or "role host step serve: rank 0 waited 0.5 s at serve for rank 1" in str(error)
+            told = "role host step serve: rank 0 waited 0.5 s at serve for rank 1" in str(error)
+            assert told if problem is None else error is problem, error
         gather(world, "absent")
 
 
