@@ -158,6 +158,17 @@ def test_memory_plan_explains_the_exchange():
     assert fewer.local_bytes < two.local_bytes and fewer.symmetric_bytes < two.symmetric_bytes
 
 
+def test_buffers_hold_the_widest_row_of_any_layer():
+    layers = [MoEConfig(2048, 256, 64, 2), MoEConfig(1024, 256, 64, 6)]
+    for order in (layers, layers[::-1]):
+        rows = {buffer.name: buffer.bytes // (2 * 8) for buffer in resources.buffers_of(order, EPConfig(8), 2)}
+        assert rows == {
+            "domain_send": row_bytes(2048, 2), "domain_recv": row_bytes(2048, 2),
+            "domain_x": 2048, "domain_x_sf": 4 * 16, "domain_topk_idx": 4 * 6, "domain_topk_weights": 4 * 6,
+            "domain_y": 2 * 2048, "domain_back": 2 * 2048,
+        }  # fmt: skip
+
+
 def test_sizes_that_cannot_be_are_named():
     with pytest.raises(ValueError, match="ranks_per_domain=0 must be at least 1"):
         EPConfig(8, ranks_per_domain=0)
