@@ -59,8 +59,7 @@ class Cache:
             self._warn(error)
             return None
         try:
-            data = self._read_private(folder, self.path(key).name)
-            return None if data is None else _decode(key, data)
+            return _decode(key, self._read_private(folder, self.path(key).name))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -107,7 +106,7 @@ class Cache:
             raise
         return folder
 
-    def _read_private(self, folder: int, name: str) -> bytes | None:
+    def _read_private(self, folder: int, name: str) -> bytes:
         # O_NONBLOCK: a fifo under this name must not hang the open.
         handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         with os.fdopen(handle, "rb") as file:

@@ -44,6 +44,7 @@ u32 slot_of_row(const u32* words, const u32* begin, u32 e, u32 n) {
     return ReplicaMap{words}.copy(find_copy(ReplicaMap{words}, begin, e, n));
 }
 u32 slot_by_source(const u32* words, u32 src, u32 e) { return ReplicaMap{words}.by_source(src, e); }
+u32 expert_in(const u32* words, u32 slot, u32 ep_size) { return ReplicaMap{words}.expert_in(slot, ep_size); }
 u32 swizzle(u32 row, u32 byte) { return swizzle_128b(row, byte); }
 }
 static_assert(ceil_div(0, 8) == 0 && ceil_div(1, 8) == 1 && ceil_div(16, 8) == 2 && align_up(17, 8) == 24);

@@ -196,6 +196,27 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, cut):
         Checkpoint(tmp_path)
 
 
+def test_a_file_that_shrinks_after_its_header_was_read_ends_the_reading(tmp_path):
+    save(tmp_path, make_tensors(fp8=False))
+    checkpoint, name = Checkpoint(tmp_path), f"{PREFIX}.3.down_proj.weight"
+    os.truncate(tmp_path / "model.safetensors", checkpoint.describe(name).end - 7)
+    with pytest.raises(OSError, match=f"model.safetensors ended 7 bytes before the end of {name}"):
+        checkpoint.read_row(name, None)
+
+
+@pytest.mark.parametrize(("entry", "message"), [
+    ({"dtype": "BF16", "shape": [4]}, "damaged safetensors header"),
+    ({"dtype": "BF16", "shape": [4], "data_offsets": [0, 6]}, r"does not hold a: \[4\] BF16 at bytes"),
+    ({"dtype": "BF16", "shape": [4], "data_offsets": [4, 12]}, r"does not hold a: \[4\] BF16 at bytes"),
+    ({"dtype": "I16", "shape": [4], "data_offsets": [0, 8]}, "a has dtype I16, which is not read here"),
+])
+def test_a_header_that_says_what_cannot_be_is_refused_with_the_tensor(tmp_path, entry, message):
+    header = json.dumps({"a": entry}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(tmp_path).read_row("a", None)
+
+
 @pytest.mark.parametrize("experts", [range(0), range(3, 5), range(0, 4, 2), range(-1, 2)])
 def test_an_expert_range_outside_the_layer_is_refused(tmp_path, experts):
     save(tmp_path, make_tensors(fp8=False))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,50 @@ def test_one_error_lists_all_that_is_wrong_and_nothing_is_written(tmp_path, caps
     assert main(["convert", str(tmp_path / "bad"), str(tmp_path / "dst"), "--format", "bf16"]) == 1
     assert "4 problems" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "fp8"), str(tmp_path / "fp8"), "--format", "bf16"]) == 1
+
+
+def save_one(path, tensors) -> None:
+    path.mkdir()
+    safetensors_torch.save_file(tensors, path / "model.safetensors")
+
+
+def test_to_bf16_casts_plain_experts_and_leaves_all_else(tmp_path):
+    prefix = "model.layers.0.mlp.experts"
+    plain = {f"{prefix}.0.up_proj.weight": torch.randn(4, 8), f"{prefix}.down_proj": torch.randn(2, 8, 4)}
+    kept = {"model.norm.weight": torch.randn(8), f"{prefix}.1.up_proj.weight": torch.tensor([[300, -1]]),
+            f"{prefix}.gate_up_proj": torch.tensor([[[70_000]]])}  # fmt: skip
+    save_one(tmp_path / "src", plain | kept)
+    convert(tmp_path / "src", tmp_path / "dst", "bf16")
+    found = read(tmp_path / "dst")
+    assert found.keys() == plain.keys() | kept.keys()
+    assert all(found[n].dtype == torch.bfloat16 and torch.equal(found[n], t.bfloat16()) for n, t in plain.items())
+    assert all(found[n].dtype == t.dtype and torch.equal(found[n], t) for n, t in kept.items())
+
+
+def test_tensors_that_cannot_be_read_are_listed_before_anything_is_written(tmp_path, monkeypatch):
+    prefix = "model.layers.0.mlp.experts"
+    tensors = {f"{prefix}.down_proj_blocks": torch.zeros(2, 32, 1, 8, dtype=torch.uint8),
+               f"{prefix}.gate_up_proj_blocks": torch.zeros(2, 32, 1, 16, dtype=torch.uint8),
+               f"{prefix}.gate_up_proj_scales": torch.zeros(2, 32, 2, dtype=torch.uint8),
+               "model.lost": torch.zeros(1), "model.odd": torch.zeros(1, dtype=torch.int16)}  # fmt: skip
+    (tmp_path / "src").mkdir()
+    index = {"weight_map": dict.fromkeys(tensors, "a.safetensors")}
+    del tensors["model.lost"]
+    safetensors_torch.save_file(tensors, tmp_path / "src" / "a.safetensors")
+    (tmp_path / "src" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError) as caught:
+        convert(tmp_path / "src", tmp_path / "dst", "bf16")
+    assert [problem.partition(", which is not read")[0] for problem in caught.value.problems] == [
+        "dtype: model.odd is I16",
+        f"misshapen: {prefix}.down_proj_blocks is U8 [2, 32, 1, 8], MXFP4 blocks are U8 [experts, rows, groups, 16]",
+        f"misshapen: {prefix}.gate_up_proj_scales is U8 [2, 32, 2], its blocks need U8 [2, 32, 1]",
+        "missing: model.lost (the index says a.safetensors, which lacks it)",
+    ]
+    make_source(tmp_path / "good")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"DST .*: \d+ bytes are needed, 1000 are free; make room"):
+        convert(tmp_path / "good", tmp_path / "dst", "fp8")
+    assert not list((tmp_path / "dst").glob("*.safetensors"))
 
 
 def test_a_layout_without_a_place_in_the_format_is_one_line_and_directories_are_looked_at(tmp_path, capsys):

@@ -85,6 +85,28 @@ def test_two_micro_batches_give_the_bits_of_one(bound, monkeypatch):
         assert workspace.domains.transport.bytes_sent == rows * (row_bytes(128, 3) + 2 * 128)
 
 
+@pytest.mark.parametrize("limit", [None, 3])
+def test_rows_of_mxfp4_layers_travel_in_e4m3_with_their_scale_factors(limit):
+    case = make_case(2, replace(TINY, weight_format="mxfp4"), 4, [4, 0, 3, 4])
+    pairs = case._replace(inputs=[i._replace(x=q.values, x_sf=q.sf) for i in case.inputs for q in [quantize_rows(i.x)]])
+    with Workspace(case.config, EPConfig(4, 4, ranks_per_domain=2, domain_tokens=limit), device="cpu") as workspace:
+        assert same(call(workspace, case, num_tokens_bound=4), case, 2)
+        sent = workspace.domains.transport.bytes_sent
+        assert same(call(workspace, pairs, num_tokens_bound=4), case, 2)
+        assert workspace.domains.transport.bytes_sent == 2 * sent
+        assert limit or sent == 4 * 4 * (row_bytes(128, 3) + 2 * 128)
+
+
+def test_layers_with_the_weights_of_another_serve_every_domain():
+    case, ep_config = make_case(1, TINY, 4, [4, 0, 3, 2]), EPConfig(4, 4, ranks_per_domain=2)
+    with Workspace(TINY, ep_config, device="cpu") as workspace, Workspace(TINY, ep_config, device="cpu") as other:
+        first = MoELayer(TINY, workspace)
+        second = MoELayer(TINY, other, weights_of=first)
+        first.load_weights(*([w[i] for w in case.weights] for i in (0, 2, 1, 3)))
+        x, _, topk_idx, topk_weights, _ = map(list, zip(*case.inputs, strict=True))
+        assert same(second(x, topk_idx, topk_weights), case, 2)
+
+
 def test_no_tokens_anywhere_sends_nothing():
     for limit in (None, 2):
         with Workspace(TINY, EPConfig(4, 2, ranks_per_domain=1, domain_tokens=limit), device="cpu") as workspace:
@@ -129,6 +151,8 @@ def test_memory_plan_explains_the_exchange():
     own = {row.name: row.bytes for row in two.rows if row.name.startswith("domain_")}
     assert own["domain_send"] == own["domain_recv"] == 2 * 512 * row_bytes(4096, 6)
     assert own["domain_y"] == own["domain_back"] == 2 * 512 * 4096 * 2
+    mxfp4 = plan_memory(replace(config, weight_format="mxfp4"), EPConfig(512, ranks_per_domain=8), 16)
+    assert own == {row.name: row.bytes for row in mxfp4.rows if row.name.startswith("domain_")}
     of_kernel = {row.name: row.bytes for row in two.rows}
     assert of_kernel["recv_x"] == next(row.bytes for row in one.rows if row.name == "recv_x")  # 8 ranks x 2 x 512
     assert two.local_bytes - sum(row.bytes for row in two.rows if row.where == "local") >= 0
@@ -156,6 +180,17 @@ def test_a_token_takes_its_place_in_every_buffer(weight_format):
         unpack(config, rows.repeat(2, 1), form, 2, 1, take)
         assert {f"domain_{name}": part.nbytes for name, part in taken.items()}.items() <= room.items()
         assert set(taken) == {"x", "x_sf", "topk_idx", "topk_weights"}
+
+
+def test_buffers_hold_the_widest_row_of_any_layer():
+    layers = [MoEConfig(2048, 256, 64, 2), MoEConfig(1024, 256, 64, 6)]
+    for order in (layers, layers[::-1]):
+        rows = {buffer.name: buffer.bytes // (2 * 8) for buffer in resources.buffers_of(order, EPConfig(8), 2)}
+        assert rows == {
+            "domain_send": row_bytes(2048, 2), "domain_recv": row_bytes(2048, 2),
+            "domain_x": 2048, "domain_x_sf": 4 * 16, "domain_topk_idx": 4 * 6, "domain_topk_weights": 4 * 6,
+            "domain_y": 2 * 2048, "domain_back": 2 * 2048,
+        }  # fmt: skip
 
 
 def test_sizes_that_cannot_be_are_named():

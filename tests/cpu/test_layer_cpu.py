@@ -5,8 +5,9 @@ import torch
 
 from megamoe import EPConfig, MegaMoEError, MoEConfig, MoELayer, Workspace
 from megamoe.exchange import LocalExchange
+from megamoe.layer_checks import CallChecks, equal_dtypes
 from megamoe.quant.fp8 import quantize_blocks, quantize_rows
-from megamoe.steps import moe_layer
+from megamoe.steps import RankInput, moe_layer
 from megamoe.testing.data import make_case
 
 TINY = MoEConfig(hidden=256, intermediate=128, num_experts=4, topk=2)
@@ -216,6 +217,23 @@ def test_a_bad_call_is_refused_with_a_remedy_and_leaves_the_layer_usable(change,
         for like in ({}, {"num_tokens_bound": 5}, {"out": torch.empty_like(x)}, {"hidden_states": quantize_rows(x)}):
             layer(**(good | like))
     assert torch.equal(layer(**good), expected)
+
+
+def test_kinds_of_calls_are_forgotten_when_there_are_many(monkeypatch):
+    monkeypatch.setattr(CallChecks, "MAX_KINDS", 2)
+    checks = CallChecks(TINY, torch.device("cpu"), 8)
+    for n in range(8):
+        checks.take("", torch.zeros(n, 256).bfloat16(), torch.zeros(n, 2).int(), torch.zeros(n, 2), None, None, 8, None)
+        assert len(checks._kinds) <= 2
+
+
+def test_virtual_ranks_of_one_launch_share_their_dtypes():
+    ids, weights = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 2)
+    like = RankInput(torch.zeros(1, 256).bfloat16(), None, ids, weights)
+    equal_dtypes([like, like])
+    for other in (like._replace(topk_idx=ids.long()), like._replace(topk_weights=weights.bfloat16())):
+        with pytest.raises(TypeError, match="use the same on all virtual ranks"):
+            equal_dtypes([like, other])
 
 
 def test_too_many_tokens_for_the_capacity():

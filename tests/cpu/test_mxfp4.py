@@ -175,6 +175,7 @@ def bad_weights():
     yield (first.codes, second.codes, nan, second.sf), ValueError, "linear1 of local expert 3: scale factor 255 (NaN)"
     yield (first.codes[:, :, :64], second.codes, first.sf, second.sf), ValueError, "linear1 has shape [4, 256, 64]"
     yield (first.codes, second.codes, first.sf, second.sf.float()), TypeError, "linear2_sf has dtype torch.float32"
+    yield (torch.randn(4, 256, 128), torch.randn(4, 256, 128)), ValueError, "linear1 has shape [4, 256, 128]; expected"
     yield (torch.randn(4, 256, 256), torch.randn(4, 256, 128), first.sf), ValueError, "scale factors belong to uint8"
     yield (first.codes.int(), second.codes, first.sf, second.sf), TypeError, "linear1 has dtype torch.int32"
     nans = torch.full((4, 256, 256), float("nan"))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,6 +48,8 @@ def test_golden_plan_of_a_tiny_load():
     assert plan.rank_load[0].max() == 5
     assert sorted(plan.placed[0][plan.rank_load[0].argmax()].tolist()) in ([1, 5], [2, 5], [3, 5], [4, 5])
     assert plan.bound[0] == 4 and plan.gap[0] == 0.25
+    # One expert alone is more than the mean over ranks
+    assert plan_experts([[8, 1, 1, 1]], num_ranks=2).bound[0] == 8
     # No load: copies adjacent, dealt to the ranks in turn.
     assert plan.placed[1].tolist() == [[0, 2], [0, 3], [1, 4], [1, 5]]
     assert plan.balancedness[1] == 1 and plan.gap[1] == 0
@@ -166,6 +169,13 @@ def test_filled_split_comes_within_two_percent_of_the_lp_on_the_next_batch():
             assert best * (1 - 1e-6) <= filled[layer].max() <= best / 0.98
 
 
+def test_layers_of_one_split_may_differ_in_how_many_experts_have_copies():
+    placed = [[0, 1, 0, 2, 0, 3], [0, 1, 0, 1, 2, 3]]  # three ranks: one expert has copies, two have, none has
+    load = np.array([[6.0, 3.0, 2.0, 1.0], [4.0, 4.0, 5.0, 1.0]])
+    assert np.allclose(balanced_split(placed, 3, load), [[4, 4, 4], [4, 4, 6]])
+    assert balanced_split([[0, 1, 2, 3]], 2, load[:1]).tolist() == [[9, 3]]
+
+
 def test_plan_round_trips_through_json():
     import json
     plan = plan_experts(popularity("group", 2, 64, 1), num_ranks=8, num_nodes=4, num_groups=8, num_redundant_experts=16)
@@ -213,8 +223,32 @@ def test_check_rejects_broken_plans():
         ExpertPlan(plan.physical_to_logical, plan.load, plan.share * 0.5, 2)
     with pytest.raises(ValueError, match="outside"):
         invert([[0, 4]], 4)
+    with pytest.raises(ValueError, match=r"holds -1\.\.3, outside"):
+        invert([[3, -1]], 4)
     with pytest.raises(ValueError, match="must divide"):
         ExpertPlan(plan.physical_to_logical, plan.load, plan.share, 3)
+    with pytest.raises(ValueError, match=r"share \(1, 3\) and load \(1, 4\) do not fit"):
+        ExpertPlan(plan.physical_to_logical, plan.load, plan.share[:, :3], 2)
+
+
+def test_check_names_layer_and_slot_or_expert_of_what_is_broken():
+    plan = plan_experts(np.ones((2, 8)), num_ranks=4, num_nodes=2, num_groups=4, num_redundant_experts=4)
+    expert = int(plan.num_replicas[1].argmax())
+    first, last = np.flatnonzero(plan.physical_to_logical[1] == expert)[[0, -1]]
+    share = plan.share.copy()
+    share[1, first] += share[1, last] + 0.25
+    share[1, last] = -0.25
+    with pytest.raises(ValueError, match=f"layer 1: slot {last} has the negative share -0.25"):
+        replace(plan, share=share)
+    home = plan.home_node.copy()
+    home[1, 5] = 1 - home[1, 5]
+    with pytest.raises(ValueError, match="layer 1: expert group 2 has no single home node"):
+        replace(plan, home_node=home)
+    one = plan_experts(np.ones((2, 8)), num_ranks=4, num_nodes=2, num_groups=4)
+    home = one.home_node.copy()
+    home[1, 4:6] = 1 - home[1, 4:6]
+    with pytest.raises(ValueError, match=f"layer 1: expert 4 has no copy on its home node {home[1, 4]}"):
+        replace(one, home_node=home)
 
 
 def test_imports_and_plans_without_torch_or_scipy():

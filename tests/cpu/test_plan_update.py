@@ -1,5 +1,7 @@
 """update_plan: few moves, never worse, and what the published greedy's replan moves instead."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -98,3 +100,7 @@ def test_relabel_only_renames():
         ranks = {tuple(sorted(one)) for one in new[layer].reshape(8, -1).tolist()}
         assert ranks == {tuple(sorted(one)) for one in named[layer].reshape(8, -1).tolist()}
     assert (named != old).sum() < (new != old).sum()
+    # Within a rank every expert that stays keeps its slot
+    for have, want in zip(old.reshape(-1, 36), named.reshape(-1, 36), strict=True):
+        stays = sum((Counter(have.tolist()) & Counter(want.tolist())).values())
+        assert (have == want).sum() == stays

@@ -222,7 +222,13 @@ def test_ranks_that_only_trade_names_move_nothing():
     for order in ([1, 0, 3, 2], [2, 3, 0, 1]):
         placed, share = (of.reshape(2, RANKS, -1)[:, order].reshape(2, -1) for of in (plan.placed, plan.share))
         renamed = replace(plan, physical_to_logical=placed, share=share)
-        assert layer.rebalance(renamed).moved_bytes == 0
+        rebalance = layer.rebalance(renamed)
+        assert rebalance.moved_bytes == 0 and rebalance.num_steps == 1 and rebalance.step()
+
+
+def test_a_copy_that_a_step_makes_frees_the_old_one_in_the_same_step():
+    held, wanted = np.array([[0, -1], [1, 2]]), np.array([[0, 1], [2, 0]])
+    assert len(plan_steps(held, wanted, 1)) == 1
 
 
 def test_ranks_are_matched_within_nodes():

@@ -35,15 +35,18 @@ def random_map(rng, choice):
     # Empty slots, as spare ones are: a rank's slots then need not all hold an expert.
     placed = np.full((ranks, slots + 1), -1)
     placed[:, :slots] = plan.placed[0]
-    return replica_map(rng.permuted(placed, axis=1).ravel(), experts, ranks, choice, load=load[0]), load[0]
+    placed = rng.permuted(placed, axis=1).ravel()
+    return replica_map(placed, experts, ranks, choice, load=load[0]), load[0], placed
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_kernel_arithmetic_is_the_numpy_arithmetic(library, choice):
     rng = np.random.default_rng(CHOICES.index(choice))
     for _ in range(60):
-        replicas, load = random_map(rng, choice)
+        replicas, load, placed = random_map(rng, choice)
         experts, table = replicas.num_logical_experts, words(replicas)
+        held = [library.expert_in(u32(table), slot, replicas.num_ranks) for slot in range(len(placed))]
+        assert held == placed.tolist()
         count = rng.poisson(load / load.mean() * rng.choice([0.3, 3, 100, 4000]))
         for source in range(replicas.num_ranks):
             expert = int(rng.integers(experts))
@@ -109,6 +112,7 @@ def test_static_choice_prefers_the_own_rank_then_the_own_node():
     (([0, 1, 2, 2], 3, 2), "expert 2 is twice on rank 1"),
     (([0, 1, 0, 1], 3, 2), "logical expert 2 has no slot"),
     (([0, 1, 3, 1], 3, 2), r"outside -1\.\.2"),
+    (([0, 1, -2, 2], 3, 2), r"holds -2\.\.2, outside -1\.\.2"),
     (([0, 1], 2, 2, "fastest"), "choice='fastest'"),
 ])
 def test_impossible_maps_name_the_numbers(arguments, message):

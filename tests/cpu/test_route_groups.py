@@ -85,6 +85,11 @@ def test_a_node_with_few_experts_scores_what_it_has():
     assert picked.tolist() == [[0, 1, 4]]
 
 
+def test_a_node_is_judged_by_as_many_experts_as_a_token_takes_there():
+    logits = torch.tensor([[3.0, 3.0, -9.0, 2.0, 2.0, 2.0]])  # the first node has the two best, the second the three
+    assert limit_nodes(logits, 3, [0, 0, 0, 1, 1, 1], 1, score="sigmoid").topk_idx.tolist() == [[3, 4, 5]]
+
+
 def test_groups_are_nodes_when_each_group_has_its_own():
     logits, bias = torch.randn(40, 64), 0.2 * torch.randn(64)
     options = dict(score="sigmoid", bias=bias, scale=2.5)

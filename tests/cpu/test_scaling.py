@@ -11,7 +11,7 @@ import torch
 from benchmarks import prediction, scaling, scaling_report
 from benchmarks.cases import load_cases
 from benchmarks.inputs import make_tokens
-from megamoe.domains.places import Place, check_domains, domains_of, explain
+from megamoe.domains.places import Place, check_domains, domains_of, explain, place_of
 from megamoe.domains.traffic import bytes_per_token, copies_between, domains_of_tokens, row_bytes
 
 TINY = load_cases()["tiny"]
@@ -122,6 +122,26 @@ def test_domains_are_hosts_unless_a_gpu_is_out_of_reach():
     apart = [gpu(r, "a", f"g{r}", ["g0", "g1"], [f"g{r}"]) for r in range(2)]
     assert domains_of(apart) == [0, 1] and check_domains([0, 1]) == 1
     assert "rank 2: domain 1, host b" in explain(two_hosts, [0, 0, 1, 1])
+    near = [gpu(r, "a", f"g{r}", ["g0", "g1"], ["g0", "g1"]) for r in range(2)]
+    assert domains_of(near) == [0, 0]
+    for blind in range(2):  # one way is not enough
+        assert domains_of([place._replace(reached=(f"g{r}",)) if r == blind else place
+                           for r, place in enumerate(near)]) == [0, 1]  # fmt: skip
+    assert domains_of([near[0], cpu[1]]) == domains_of([cpu[0], near[1]]) == [0, 1]
+
+
+def test_a_rank_says_which_gpus_it_sees_and_which_its_own_reaches(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda i: f"H{i}")
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda i: SimpleNamespace(uuid=f"g{i}"))
+    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda mine, i: (mine, i) in {(1, 2), (2, 0)})
+    for device, own, reached in (("cuda:1", 1, ("g1", "g2")), ("cuda", 2, ("g0", "g2"))):
+        place = place_of(5, torch.device(device))
+        assert (place.rank, *place[2:]) == (5, f"cuda:{own} H{own}", f"g{own}", ("g0", "g1", "g2"), reached)
+    for device in ("cpu", "cuda:3"):  # the last of them does not exist
+        assert place_of(5, torch.device(device))[2:] == (device, "", (), ())
 
 
 def test_domains_must_be_equal_runs_of_neighbours():

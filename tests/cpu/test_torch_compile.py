@@ -8,6 +8,7 @@ from torch import nn
 
 from megamoe import EPConfig, MoEConfig, MoELayer, Workspace, route, torch_op
 from megamoe.__main__ import main
+from megamoe.call_order import call_order, next_workspace_index
 from megamoe.hf_config import moe_config_of
 from megamoe.micro_batch import MicroBatches, sm_budgets
 from megamoe.streams import StreamOwner
@@ -228,6 +229,16 @@ def test_compile_builds_only_what_a_model_can_choose(tmp_path, capsys, monkeypat
     (tmp_path / "config.json").write_text('{"hidden_size": 4096, "intermediate_size": 11008}')
     assert main(["compile", "--config", str(tmp_path)]) == 2
     assert "describes no mixture-of-experts model" in capsys.readouterr().err
+
+
+def test_calls_are_compared_where_asked_for_and_workspaces_told_apart(monkeypatch):
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda size: size)
+    for level, compared in ((None, False), ("1", False), ("2", True), ("3", True)):
+        monkeypatch.delenv("MEGAMOE_DEBUG", raising=False)
+        if level:
+            monkeypatch.setenv("MEGAMOE_DEBUG", level)
+        assert [call_order(group) is not None for group in (2, 1, None)] == [compared, False, False]
+    assert next_workspace_index() + 1 == next_workspace_index()
 
 
 def test_ranks_that_call_layers_in_another_order_are_told_before_the_call():

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from megamoe import EPConfig, steps
+from megamoe import EPConfig, MegaMoEError, steps
 from megamoe.checkpoint import Checkpoint, CheckpointError
 from megamoe.integrations import generate
 from megamoe.integrations.dense import load_without_experts
@@ -203,7 +203,22 @@ def test_disable_gives_back_the_model_as_it_was(model, checkpoint):
     assert model.get_experts_implementation() == before and serving.workspace.closed
     with pytest.raises(ValueError, match="nothing to disable"):
         disable(model)
+    model.set_experts_implementation("megamoe")
+    with pytest.raises(ValueError, match="experts were not given to megamoe"):
+        model(input_ids=ids[0])
+    model.set_experts_implementation(before)
     enable(model, weight_format="bf16").close()  # and again
+
+
+def test_check_raises_what_any_layer_has_to_report(model, monkeypatch):
+    def failed():
+        raise MegaMoEError("an expert id was out of range")
+
+    with enable(model, weight_format="bf16") as serving:
+        serving.check()
+        monkeypatch.setattr(serving.layers["model.layers.1.mlp.experts"], "check", failed)
+        with pytest.raises(MegaMoEError, match="id was out of range"):
+            serving.check()
 
 
 def test_changed_parameters_are_followed(model, checkpoint):
