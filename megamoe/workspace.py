@@ -123,6 +123,20 @@ class Workspace:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
+    def compare(self, step: str, facts: dict, error: Exception | None, remedy: str) -> None:
+        """Collective, on the host: `error`, if this rank has one; ValueError that names the rank where another has one,
+        or where `facts` differ from rank 0's. MegaMoEError names a rank that does not come.
+
+        facts: what JSON carries. step: as gather has it. remedy: where facts differ."""
+        if self.ep_size > self.num_ranks_here:
+            problem = None if error is None else str(error)
+            with absent_ranks_named():
+                everyone = gather(self.group, step, (facts, problem), self.ep_config.arrive_deadline_s)
+            if error is None:
+                _equal_on_ranks(everyone, remedy)
+        if error is not None:
+            raise error
+
     def poison(self, error: MegaMoEError) -> None:
         """Refuse every call from now on until reset(). The first error is kept."""
         self.poisoned = self.poisoned or error
@@ -244,15 +258,20 @@ def _compare_ranks(group, group_size: int, facts: dict, problem: str | None, dea
     everyone = [(facts, problem)]
     if group_size > 1:
         everyone = gather(group, "workspace", (facts, problem), deadline_s)
+    if group_size == 1 and problem is not None:
+        raise ValueError(problem)
+    _equal_on_ranks(everyone, "give every rank the same configuration")
+
+
+def _equal_on_ranks(everyone: list[tuple[dict, str | None]], remedy: str) -> None:
     for ep_rank, (_, their_problem) in enumerate(everyone):
         if their_problem is not None:
-            raise ValueError(their_problem if group_size == 1 else f"rank {ep_rank}: {their_problem}")
+            raise ValueError(f"rank {ep_rank}: {their_problem}")
     reference = everyone[0][0]
     for ep_rank, (theirs, _) in enumerate(everyone):
         for name in reference | theirs:
             if reference.get(name) != theirs.get(name):
                 raise ValueError(
                     f"{name} differs between ranks: {reference.get(name)!r} on rank 0, {theirs.get(name)!r} on rank "
-                    f"{ep_rank}; "
-                    "give every rank the same configuration"
+                    f"{ep_rank}; {remedy}"
                 )

@@ -61,6 +61,38 @@ def plans(info):
     return {"calls": calls, "equal": equal_calls, "served": int(served.sum())}
 
 
+def plans_differ(info):
+    """Each rank plans from what it served itself, calls for another choice, or only one of them has loaded weights
+    since the last plan; then a rank asks for what does not fit. All are told, and no weight has moved."""
+    config, errors = SMALL, []
+    with Workspace(config, EPConfig(16, num_redundant_slots_per_rank=2), device="cpu") as workspace:
+        layer = MoELayer(config, workspace)
+        case = make_case(3, config, info.ep_size, [16, 9][: info.ep_size], "holes")
+        w, i = case.weights[info.ep_rank], case.inputs[info.ep_rank]
+        layer.load_weights(w.linear1, w.linear2, w.linear1_sf, w.linear2_sf)
+        expected = layer(i.x, i.topk_idx, i.topk_weights)
+        own, same = (plan_experts(popularity("zipf", 1, 8, seed), num_ranks=info.ep_size, num_redundant_experts=4)
+                     for seed in (info.ep_rank, 5))  # fmt: skip
+        attempts = [lambda: layer.load_plan(own),
+                    lambda: layer.load_plan(same, choice=("static", "balanced")[info.ep_rank]),
+                    lambda: layer.rebalance(same, max_bytes=(10, 200_000)[info.ep_rank])]  # fmt: skip
+        for attempt in attempts:
+            try:
+                attempt()
+            except ValueError as error:
+                errors.append(str(error))
+        equal = torch.equal(layer(i.x, i.topk_idx, i.topk_weights), expected)
+        layer.load_plan(same)
+        equal &= torch.equal(layer(i.x, i.topk_idx, i.topk_weights), expected)
+        if info.ep_rank == 1:
+            layer.load_weights(w.linear1, w.linear2, w.linear1_sf, w.linear2_sf)
+        try:
+            layer.load_plan(same)
+        except ValueError as error:
+            errors.append(str(error))
+    return {"errors": errors, "equal": equal}
+
+
 def config_differs(info):
     """Rank 1 has another topk: every rank must be told."""
     config = MoEConfig(hidden=256, intermediate=128, num_experts=8, topk=2 + info.ep_rank)

@@ -43,6 +43,16 @@ def test_plans_and_their_steps_keep_the_bits_over_the_wire():
     assert sum(result["served"] for result in results) > 0
 
 
+def test_plans_that_differ_are_refused_on_every_rank_before_a_weight_moves():
+    for result in run("plans_differ", 2):
+        plan, choice, room, placement = result["errors"]
+        assert plan.startswith("plan differs between ranks: ") and "sum of all ranks' load_counts()" in plan
+        assert choice.startswith("choice differs between ranks: 'static' on rank 0, 'balanced' on rank 1")
+        assert "max_bytes=10: no room for one expert a step" in room
+        assert placement.startswith("the placement of the last plan, or of load_weights differs between ranks")
+        assert result["equal"]
+
+
 def test_configurations_that_differ_are_refused_on_every_rank():
     for result in run("config_differs", 2):
         assert result["error"].startswith("moe_configs[0].topk differs between ranks: 2 on rank 0, 3 on rank 1")
