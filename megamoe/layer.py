@@ -288,6 +288,12 @@ class MoELayer(nn.Module):
     def __exit__(self, *exception):
         self.close()
 
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "a MoELayer cannot be copied or pickled: its workspace and its peers know it by a number; make another on "
+            "the workspace, or with weights_of on another one"
+        )
+
     def extra_repr(self) -> str:
         return f"{self.config}, ep_size={self.workspace.ep_size}, device={self.workspace.device}"
 

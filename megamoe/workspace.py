@@ -44,7 +44,7 @@ class Workspace:
         group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
     ):
-        _check_types(moe_configs, ep_config)
+        _check_types(moe_configs, ep_config, group)
         self.moe_configs = (moe_configs,) if isinstance(moe_configs, MoEConfig) else tuple(moe_configs)
         self.ep_config = ep_config
         self.device = _device(device)
@@ -234,7 +234,7 @@ class Workspace:
         return None
 
 
-def _check_types(moe_configs, ep_config) -> None:
+def _check_types(moe_configs, ep_config, group) -> None:
     configs = moe_configs if isinstance(moe_configs, list | tuple) else [moe_configs]
     for config in configs:
         if not isinstance(config, MoEConfig):
@@ -243,6 +243,11 @@ def _check_types(moe_configs, ep_config) -> None:
             )
     if not isinstance(ep_config, EPConfig):
         raise TypeError(f"ep_config has type {type(ep_config).__name__}; pass an EPConfig")
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group={group!r} has type {type(group).__name__}; pass a process group that this rank is a member of "
+            "(dist.new_group gives the other ranks something else), or None"
+        )
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -93,6 +93,30 @@ def plans_differ(info):
     return {"errors": errors, "equal": equal}
 
 
+def bounds_differ(info):
+    """Rank 1 passes another num_tokens_bound: as the kernel does, the call ends on both. Then one is refused another
+    layer's call, and after reset() a plan loads at once."""
+    with Workspace([SMALL, SIX], EPConfig(16, arrive_deadline_s=1.5), device="cpu") as workspace:
+        layers, calls = [], []
+        for config in (SMALL, SIX):
+            case = make_case(0, config, info.ep_size, 4, ranks=[info.ep_rank])
+            w, i = case.weights[0], case.inputs[0]
+            layers.append(MoELayer(config, workspace))
+            layers[-1].load_weights(w.linear1, w.linear2, w.linear1_sf, w.linear2_sf)
+            calls.append((i.x, i.topk_idx, i.topk_weights))
+        layers[0](*calls[0], num_tokens_bound=4)
+        errors = []
+        for layer, call, bound in ((0, calls[0], (8, 16)[info.ep_rank]), (1, calls[(1, 0)[info.ep_rank]], None)):
+            try:
+                layers[layer](*call, num_tokens_bound=bound)
+            except (ValueError, MegaMoEError) as error:
+                errors.append(f"{type(error).__name__}: {error}")
+            workspace.reset()
+        layers[0].load_plan(plan_experts(popularity("zipf", 1, 8, 5), num_ranks=info.ep_size))
+        y = layers[0](*calls[0])
+    return {"errors": errors, "after": bool(y.isfinite().all() and y.any())}
+
+
 def config_differs(info):
     """Rank 1 has another topk: every rank must be told."""
     config = MoEConfig(hidden=256, intermediate=128, num_experts=8, topk=2 + info.ep_rank)

@@ -53,6 +53,15 @@ def test_plans_that_differ_are_refused_on_every_rank_before_a_weight_moves():
         assert result["equal"]
 
 
+def test_bounds_that_differ_end_the_call_on_every_rank_and_a_plan_loads_after_a_reset():
+    for result in run("bounds_differ", 2):
+        bound, refused = result["errors"]
+        assert bound.startswith("MegaMoEError: ") and "all ranks pass the same num_tokens_bound" in bound
+        assert "num_tokens_bound 8" in bound and "num_tokens_bound 16" in bound
+        assert refused.startswith(("MegaMoEError: ", "ValueError: ")[result["rank"]])
+        assert result["after"]
+
+
 def test_configurations_that_differ_are_refused_on_every_rank():
     for result in run("config_differs", 2):
         assert result["error"].startswith("moe_configs[0].topk differs between ranks: 2 on rank 0, 3 on rank 1")
