@@ -44,7 +44,7 @@ from benchmarks.implementations import Setup  # noqa: E402
 from benchmarks.inputs import ROUTINGS  # noqa: E402
 from benchmarks.links import Counter  # noqa: E402
 from benchmarks.record import machine  # noqa: E402
-from benchmarks.results import RESULTS_DIR, append_result, as_json  # noqa: E402
+from benchmarks.results import RESULTS_DIR, append_result, as_json, check_folder  # noqa: E402
 from benchmarks.run import Outcome, Plan, run_cases, spec_against_float64  # noqa: E402
 from benchmarks.table import Table  # noqa: E402
 from benchmarks.timing import PROTOCOLS, Meet, pick_protocol  # noqa: E402
@@ -236,11 +236,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         setup = make_setup(args)
         plans = plans_of(args, setup)
+        if args.json and setup.is_first:
+            check_folder(f"--json {args.json}", args.json.resolve().parent)
+        if args.results and setup.is_first:
+            check_folder("--results", args.results, make=True)
     except ValueError as error:
         print(f"bench.py: {error}", file=sys.stderr)
-        return 2
-    if args.json and not args.json.resolve().parent.is_dir():  # before the measurements, not after
-        print(f"bench.py: --json {args.json}: its folder is not there; make it first", file=sys.stderr)
         return 2
     facts = machine(setup.device, setup.num_gpus, args.commit)
     table = Table(quiet=not setup.is_first)

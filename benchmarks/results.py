@@ -3,6 +3,7 @@ same of scaling.py (record.ScalingRow), results/replicas/ of replicas.py, result
 of their own). Needs no torch."""
 
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,6 +37,17 @@ def append_json(row: dict, directory: Path) -> Path:
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
     return path
+
+
+def check_folder(option: str, folder: Path, make: bool = False) -> None:
+    """ValueError, before anything is measured, where nothing can be written to `folder`. make: it need not be there
+    yet."""
+    there = next(one for one in (folder, *folder.resolve().parents) if one.exists()) if make else folder
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(1 << 14))
+    except OSError as error:
+        raise ValueError(f"{option}: cannot write to the folder {folder}: {error.strerror}") from error
 
 
 def read_results(directory: Path = RESULTS_DIR) -> list[dict]:

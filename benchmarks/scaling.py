@@ -39,7 +39,7 @@ from benchmarks import prediction, scaling_report
 from benchmarks.implementations import Setup
 from benchmarks.inputs import ROUTINGS, make_tokens
 from benchmarks.record import ScalingRow, machine
-from benchmarks.results import RESULTS_DIR, SCALING_DIR, append_result, read_results
+from benchmarks.results import RESULTS_DIR, SCALING_DIR, append_result, check_folder, read_results
 from benchmarks.run import Outcome, Plan, run_cases
 from benchmarks.table import Table
 from benchmarks.timing import PROTOCOLS, Meet
@@ -129,6 +129,8 @@ def points(args, setup: Setup, sizes: list[int]) -> tuple[list[tuple], list[dict
     """((mode, case, tokens, size, the case at this size, tokens per rank) ..., what cannot be run and why)."""
     default = "flash64" if setup.device.type == "cuda" else "tiny"
     cases = case_list.parse_cases(args.case or default, case_list.load_cases())
+    if 0 in case_list.parse_tokens(args.tokens):
+        raise ValueError(f"--tokens {args.tokens!r}: a call without tokens has no efficiency; give 1 or more")
     found, not_run = [], []
     for mode in case_list.parse_choices("--mode", args.mode, MODES):
         for case in cases:
@@ -202,6 +204,10 @@ def run(args) -> tuple[bool, list, Setup]:
     args.idle_ranks = 0
     setup = bench.make_setup(args)
     setup = replace(setup, ranks_per_domain=args.ranks_per_domain, domain_tokens=args.domain_tokens)
+    if args.check_rows < 1:
+        raise ValueError(f"--check-rows {args.check_rows} must be at least 1")
+    if args.results and setup.is_first:
+        check_folder("--results", args.results, make=True)
     sizes = sizes_of(args.sizes, setup.ep_size)
     routings = case_list.parse_choices("--routing", args.routing, ROUTINGS)
     if args.max_domains is not None and (args.ranks_per_domain is None or routings != ["uniform"]):
@@ -237,7 +243,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     ok, is_first, rows = True, True, []
     try:
+        for option, path in (("--markdown", args.markdown), ("--plot", args.plot)):
+            if path and not rank_from_env().ep_rank:
+                check_folder(f"{option} {path}", path.resolve().parent)
         if args.report:
+            if args.results and not args.results.is_dir():
+                raise ValueError(f"--results {args.results} is no folder; --report shows the rows that one holds")
             rows = read_results(args.results or SCALING_DIR)
         else:
             ok, rows, setup = run(args)

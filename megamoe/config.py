@@ -18,7 +18,7 @@ def _check_int(name: str, value, low: int, high: int | None = None, multiple: in
         raise TypeError(f"{name}={value!r} has type {type(value).__name__}; pass an int")
     if value < low or (high is not None and value > high):
         wanted = f"at least {low}" if high is None else f"between {low} and {high}"
-        nearest = max(low, multiple) if value < low else high
+        nearest = -(-low // multiple) * multiple if value < low else high
         raise ValueError(f"{name}={value} must be {wanted}; nearest legal value {nearest}")
 
 

@@ -202,6 +202,8 @@ def convert(
     target that is the source, holds another conversion, or lies on too small a disk.
     """
     source, target = Path(source), Path(target)
+    if weight_format not in FORMATS:
+        raise ValueError(f"weight_format={weight_format!r} must be one of {', '.join(map(repr, FORMATS))}")
     make = FORMATS[weight_format]
     checkpoint = Checkpoint(source)
     if not source.is_dir():

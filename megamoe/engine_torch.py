@@ -109,9 +109,9 @@ class TorchEngine:
     def forward(
         self, inputs: Sequence[RankInput], num_tokens_bound: int, outs: Sequence[Tensor | None], kind=None, stream=None
     ) -> list[Tensor]:
-        """num_tokens_bound chooses nothing here: the torch exchange sends exact counts."""
+        """num_tokens_bound chooses nothing here, since the torch exchange sends exact counts; but it must be equal."""
         waited = self.exchange.wait_s
-        self.exchange.start_call(self.number)
+        self.exchange.start_call(self.number, num_tokens_bound)
         try:
             results = self._serve(inputs)
         finally:

@@ -6,7 +6,8 @@ Both classes have the same members; the first three are all that dispatch and co
     all_to_all(sends, step) sends[i][dst] = tuple of tensors that ranks[i] sends to dst; all tensors of one tuple have
                             the same number of rows. Returns received[i][src] = the tuple that src sent to ranks[i].
                             step: "dispatch" or "combine", for an error's record.
-    start_call(layer)       a call of the workspace's layer number `layer` begins
+    start_call(layer, num_tokens_bound)
+                            a call of the workspace's layer number `layer` begins
     wait_s: float           seconds spent waiting for peers so far
 """
 
@@ -69,7 +70,7 @@ class LocalExchange:
     def all_to_all(self, sends: Sequence[Sequence[Bundle]], step: str) -> list[list[Bundle]]:
         return [[sends[src][dst] for src in self.ranks] for dst in self.ranks]
 
-    def start_call(self, layer: int) -> None:
+    def start_call(self, layer: int, num_tokens_bound: int) -> None:
         """One process cannot be in two calls."""
 
 
@@ -78,6 +79,7 @@ class Header(NamedTuple):
 
     call: int  # of this workspace, counted since its last reset
     layer: int  # number of the layer on this workspace
+    bound: int  # num_tokens_bound
     step: int  # index in STEPS
     num_rows: int
     row_bytes: int  # of one row, all its tensors together
@@ -89,7 +91,8 @@ class Header(NamedTuple):
 
     def __str__(self) -> str:
         step = STEPS[self.step] if self.step < len(STEPS) else self.step
-        return f"{step} of call {self.call}, layer {self.layer}, rows of {self.row_bytes} bytes"
+        bound = f", num_tokens_bound {self.bound}" if self.bound >= 0 else ""
+        return f"{step} of call {self.call}, layer {self.layer}{bound}, rows of {self.row_bytes} bytes"
 
 
 class DistExchange:
@@ -108,13 +111,13 @@ class DistExchange:
         self.ranks = (self.ep_rank,)
         self._peers = [peer for peer in range(self.ep_size) if peer != self.ep_rank]
         self._store = distributed_c10d._get_process_group_store(group)
-        self._call, self._layer, self._resets = 0, 0, 0
+        self._call, self._layer, self._bound, self._resets = 0, 0, -1, 0
         self._number = _num_exchanges[group] = _num_exchanges.get(group, 0) + 1  # on this group; equal on all ranks
         self._connections = group  # until a reset
         self.wait_s = 0.0
 
-    def start_call(self, layer: int) -> None:
-        self._call, self._layer = self._call + 1, layer
+    def start_call(self, layer: int, num_tokens_bound: int = -1) -> None:
+        self._call, self._layer, self._bound = self._call + 1, layer, num_tokens_bound
 
     def all_to_all(self, sends: Sequence[Sequence[Bundle]], step: str) -> list[list[Bundle]]:
         """MegaMoEError when a peer does not take part before the deadline."""
@@ -130,7 +133,7 @@ class DistExchange:
         timeout = timedelta(seconds=max(self.arrive_deadline_s, self.step_deadline_s, CONNECT_S))
         with connecting(self.group, timeout):
             self._connections = dist.ProcessGroupGloo(store, self.ep_rank, self.ep_size, timeout)
-        self._call = 0
+        self._call, self._layer, self._bound = 0, 0, -1  # a rank may have been refused before its call began
 
     def close(self) -> None:
         """Drop the connections that reset() made; the group is the caller's. Twice is harmless."""
@@ -139,7 +142,8 @@ class DistExchange:
     def _exchange_headers(self, to_ranks: Sequence[Bundle], step: str) -> list[Header]:
         row_bytes = sum(t.element_size() * t.shape[1:].numel() for t in to_ranks[0])
         mine = [
-            Header.of(self._call, self._layer, STEPS.index(step), bundle[0].shape[0], row_bytes) for bundle in to_ranks
+            Header.of(self._call, self._layer, self._bound, STEPS.index(step), bundle[0].shape[0], row_bytes)
+            for bundle in to_ranks
         ]
         device = to_ranks[0][0].device
         sends = {peer: torch.tensor(mine[peer], dtype=torch.int64, device=device) for peer in self._peers}
@@ -152,10 +156,11 @@ class DistExchange:
     def _checked(self, theirs: Header, mine: Header, peer: int, step: str) -> Header:
         if sum(theirs) or theirs.num_rows < 0:
             raise self._failure(f"the header from rank {peer} is damaged: {list(theirs)}", step, peer, 0)
-        for name in ("call", "layer", "step", "row_bytes"):
+        for name in ("call", "layer", "bound", "step", "row_bytes"):
             have, want = getattr(theirs, name), getattr(mine, name)
             if have != want:
-                text = f"rank {peer} is in {theirs}, this rank in {mine}: all ranks make the same calls in one order"
+                rule = "make the same calls in one order" if name != "bound" else "pass the same num_tokens_bound"
+                text = f"rank {peer} is in {theirs}, this rank in {mine}: all ranks {rule}"
                 raise self._failure(text, step, peer, have, want)
         return theirs
 

@@ -15,7 +15,7 @@ from megamoe.config import MoEConfig
 from megamoe.engine import make_engine
 from megamoe.errors import MegaMoEError
 from megamoe.layer_call import LayerCall
-from megamoe.rebalance import Rebalance
+from megamoe.rebalance import Rebalance, experts_a_step
 from megamoe.stats import Stats, imbalance
 from megamoe.workspace import Workspace
 
@@ -144,25 +144,33 @@ class MoELayer(nn.Module):
         choice: which copy serves a row: "static" (by source rank), "balanced" (by the batch's counts), "min_active"
             (one copy an expert, for small batches). The output has the same bits under any of them and any plan.
         max_bytes: weights that a rank may receive a step; None = as much as fits (EPConfig.num_staged_experts).
-        ValueError names what does not fit: another topology, too few slots or staging memory, several NVLink domains.
+        All arguments are equal on all ranks: plan from the sum of their load_counts(). Ranks meet on the host, once.
+        ValueError names what does not fit: another topology, too few slots or staging memory, several NVLink domains;
+        on every rank, if one cannot or has other arguments. MegaMoEError names a rank that does not come.
         """
         self.workspace.check_open()
         if self._weights_of is not None:
             raise RuntimeError("the layer uses the weights of another (weights_of); move them there")
+        made, facts, error = None, {}, None
+        try:
+            made = self._rebalance(plan, plan_layer, choice, max_bytes)
+            names = "the placement of the last plan, or of load_weights", "plan", "plan.load"
+            facts = {"layer": self.index, **dict(zip(names, made.digests, strict=True)), "choice": choice,
+                     "max_bytes": max_bytes}  # fmt: skip
+        except (ValueError, TypeError, RuntimeError) as own:
+            error = own
+        remedy = "plan from the sum of all ranks' load_counts(); where placements differ, load_weights on all of them"
+        self.workspace.compare("plan", facts, error, remedy)
+        return made
+
+    def _rebalance(self, plan, plan_layer, choice, max_bytes) -> Rebalance:
         checks.one_domain(self.workspace)
         if not self._call.loaded:
             raise RuntimeError("the layer has no weights; call load_weights first")
         ep_config, ep_size = self.workspace.ep_config, self.workspace.ep_size
         row = checks.plan_placement(self.config, ep_config, ep_size, plan, plan_layer)
-        bytes_each = self._engine.expert_bytes
-        per_step = ep_config.num_staged_experts if self.workspace.is_cuda else self._engine.slots
-        if max_bytes is not None:
-            per_step = min(per_step, max_bytes // bytes_each)
-        if per_step < 1:
-            raise ValueError(
-                f"max_bytes={max_bytes}, num_staged_experts={ep_config.num_staged_experts}: no room for one expert of "
-                f"{bytes_each} bytes a step; raise both"
-            )
+        most = ep_config.num_staged_experts if self.workspace.is_cuda else self._engine.slots
+        per_step = experts_a_step(most, max_bytes, self._engine.expert_bytes)
         return Rebalance(self._engine, row, choice, per_step, plan.load[plan_layer], plan.num_nodes)
 
     def forward(
@@ -281,6 +289,12 @@ class MoELayer(nn.Module):
 
     def __exit__(self, *exception):
         self.close()
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "a MoELayer cannot be copied or pickled: its workspace and its peers know it by a number; make another on "
+            "the workspace, or with weights_of on another one"
+        )
 
     def extra_repr(self) -> str:
         return f"{self.config}, ep_size={self.workspace.ep_size}, device={self.workspace.device}"

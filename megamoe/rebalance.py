@@ -7,6 +7,7 @@ in force always describes the weights in force, so each step leaves a legal plac
 the last.
 """
 
+import hashlib
 from collections import Counter
 from typing import NamedTuple
 from weakref import ref
@@ -152,13 +153,30 @@ class Staging:
             self._owner = None
 
 
+def experts_a_step(most: int, max_bytes: int | None, expert_bytes: int) -> int:
+    """Experts that a rank receives in a step of a rebalance. most: that it has staging memory for."""
+    if most < 1:
+        raise ValueError("num_staged_experts=0: no memory to receive an expert in; set EPConfig.num_staged_experts=1")
+    if max_bytes is None:
+        return most
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
+        raise TypeError(f"max_bytes={max_bytes!r} has type {type(max_bytes).__name__}; pass an int, or None")
+    if max_bytes < expert_bytes:
+        raise ValueError(f"max_bytes={max_bytes}: no room for one expert a step; pass {expert_bytes} or more")
+    return min(most, max_bytes // expert_bytes)
+
+
+def _digest(numbers: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(numbers, np.float64)).hexdigest()[:16]
+
+
 class Rebalance:
     """A rebalance under way; `MoELayer.rebalance` makes it. Collective: every rank makes the same steps between the
     same calls. One layer of a workspace at a time: the room for weights on the move is shared.
 
     step() does a part and returns whether the plan is in force; finish() does the rest at once. num_steps: calls of
     step() in all. moved_bytes: weights that all ranks receive. After an error the placement of the last step stays in
-    force; a new rebalance starts from there.
+    force; a new rebalance starts from there. digests: of placement, plan and load, for ranks to compare.
     """
 
     def __init__(self, engine, plan_row: np.ndarray, choice: str, per_step: int, load, num_nodes: int):
@@ -168,6 +186,7 @@ class Rebalance:
         # Its errors now, not half-way
         engine.check_fits(replica_map(plan_row.ravel(), self._experts, len(plan_row), **self._args))
         current = engine.placement.reshape(engine.ep_size, -1)
+        self.digests = _digest(current), _digest(plan_row), _digest(load)
         self._wanted = plan_row[match_ranks(current, plan_row, num_nodes)]
         self._steps = plan_steps(current, self._wanted, per_step)
         self._staged: list[Move] | None = None

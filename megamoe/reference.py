@@ -7,6 +7,12 @@ import inspect
 import megamoe
 
 MODULES = {
+    "megamoe.ranks": ("init_process_group",),
+    "megamoe.steps": ("ExpertWeights", "swiglu"),
+    "megamoe.layer": ("Load",),
+    "megamoe.rebalance": ("Rebalance",),
+    "megamoe.stats": ("Stats", "prometheus"),
+    "megamoe.errors": ("ErrorRecord",),
     "megamoe.checkpoint": ("Checkpoint", "CheckpointError", "load_experts", "find_problems"),
     "megamoe.checkpoint_mxfp4": ("checkpoint_tensors",),
     "megamoe.convert": ("convert",),
@@ -44,7 +50,7 @@ def _entry(thing, name: str) -> str:
         for method_name, method in vars(thing).items():
             function = getattr(method, "__func__", method)
             own = inspect.isfunction(function) and not method_name.startswith("_")
-            if own and inspect.getdoc(function):
+            if own and function.__doc__:  # not what it inherits: torch's of extra_repr, for one
                 lines += [f"#### {name}.{method_name}{_signature(function)}", _text(function)]
     return "\n\n".join(lines)
 

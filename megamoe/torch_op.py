@@ -4,7 +4,8 @@
 as its `handle`, an int, since an operator is given tensors and numbers only; it is good while the layer lives.
 
 The handle is a constant of the graph. A model compiled as a whole has one graph for all layers; a block that is
-compiled once and called for many layers is traced again for each, up to torch._dynamo.config.recompile_limit (8).
+compiled once and called for many layers is traced again for each, up to torch._dynamo.config.recompile_limit (8), or
+twice in all where torch._dynamo.config.allow_unspec_int_on_nn_module makes it an argument.
 """
 
 import itertools

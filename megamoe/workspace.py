@@ -47,7 +47,7 @@ class Workspace:
         group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
     ):
-        _check_types(moe_configs, ep_config)
+        _check_types(moe_configs, ep_config, group)
         self.moe_configs = (moe_configs,) if isinstance(moe_configs, MoEConfig) else tuple(moe_configs)
         self.ep_config = ep_config
         self.device = _device(device)
@@ -127,6 +127,20 @@ class Workspace:
             layer.warmup()
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
+
+    def compare(self, step: str, facts: dict, error: Exception | None, remedy: str) -> None:
+        """Collective, on the host: `error`, if this rank has one; ValueError that names the rank where another has one,
+        or where `facts` differ from rank 0's. MegaMoEError names a rank that does not come.
+
+        facts: what JSON carries. step: as gather has it. remedy: where facts differ."""
+        if self.ep_size > self.num_ranks_here:
+            problem = None if error is None else str(error)
+            with absent_ranks_named():
+                everyone = gather(self.group, step, (facts, problem), self.ep_config.arrive_deadline_s)
+            if error is None:
+                _equal_on_ranks(everyone, remedy)
+        if error is not None:
+            raise error
 
     def poison(self, error: MegaMoEError) -> None:
         """Refuse every call from now on until reset(). The first error is kept."""
@@ -230,7 +244,7 @@ class Workspace:
         return None
 
 
-def _check_types(moe_configs, ep_config) -> None:
+def _check_types(moe_configs, ep_config, group) -> None:
     configs = moe_configs if isinstance(moe_configs, list | tuple) else [moe_configs]
     for config in configs:
         if not isinstance(config, MoEConfig):
@@ -239,6 +253,11 @@ def _check_types(moe_configs, ep_config) -> None:
             )
     if not isinstance(ep_config, EPConfig):
         raise TypeError(f"ep_config has type {type(ep_config).__name__}; pass an EPConfig")
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group={group!r} has type {type(group).__name__}; pass a process group that this rank is a member of "
+            "(dist.new_group gives the other ranks something else), or None"
+        )
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -254,15 +273,20 @@ def _compare_ranks(group, group_size: int, facts: dict, problem: str | None, dea
     everyone = [(facts, problem)]
     if group_size > 1:
         everyone = gather(group, "workspace", (facts, problem), deadline_s)
+    if group_size == 1 and problem is not None:
+        raise ValueError(problem)
+    _equal_on_ranks(everyone, "give every rank the same configuration")
+
+
+def _equal_on_ranks(everyone: list[tuple[dict, str | None]], remedy: str) -> None:
     for ep_rank, (_, their_problem) in enumerate(everyone):
         if their_problem is not None:
-            raise ValueError(their_problem if group_size == 1 else f"rank {ep_rank}: {their_problem}")
+            raise ValueError(f"rank {ep_rank}: {their_problem}")
     reference = everyone[0][0]
     for ep_rank, (theirs, _) in enumerate(everyone):
         for name in reference | theirs:
             if reference.get(name) != theirs.get(name):
                 raise ValueError(
                     f"{name} differs between ranks: {reference.get(name)!r} on rank 0, {theirs.get(name)!r} on rank "
-                    f"{ep_rank}; "
-                    "give every rank the same configuration"
+                    f"{ep_rank}; {remedy}"
                 )

@@ -1,7 +1,7 @@
 """Load all of a transformers model but its experts.
 
-Their parameters stay on the meta device (no memory), and `enable(model, checkpoint=path)` serves this rank's share of
-them: a rank never holds, or reads, the other ranks' experts.
+Their parameters stay on the meta device (no memory), where a call of them is refused, and
+`enable(model, checkpoint=path)` serves this rank's share of them: a rank never holds, or reads, the other ranks'.
 """
 
 import re
@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megamoe.checkpoint import Checkpoint, CheckpointError
 from megamoe.checkpoint_layouts import FILE_NAMES
 from megamoe.config import BLOCK
+from megamoe.integrations.absent import watch
 from megamoe.integrations.experts import experts_modules
 
 
@@ -31,6 +32,8 @@ def load_without_experts(
         del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for _, module in experts_modules(model):
+        watch(module)
     experts = tuple(f"{name}." for name, _ in experts_modules(model))
     wanted = {name: p for name, p in model.state_dict(keep_vars=True).items() if not name.startswith(experts)}
     # Layers of a checkpoint that transformers leaves aside, such as DeepSeek-V3's for multi-token prediction

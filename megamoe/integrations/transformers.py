@@ -37,6 +37,7 @@ from megamoe import torch_op
 from megamoe.checkpoint import Checkpoint, CheckpointError, expert_bytes, find_problems, load_experts
 from megamoe.config import EPConfig
 from megamoe.errors import MegaMoEError
+from megamoe.integrations.absent import unwatch, watch
 from megamoe.integrations.alike import alike
 from megamoe.integrations.chunks import Chunks
 from megamoe.integrations.dense import load_without_experts
@@ -76,7 +77,7 @@ def enable(
     checkpoint     None: weights come from the module's parameters, and follow them when they change. A path: this
                    rank's experts are read from there, the module's parameters are left alone and may be on meta
     group          process group; default: torch.distributed's default group if initialised, else one rank
-    donate         move the module's expert parameters to meta once copied: their memory is free, eager can't run again
+    donate         move the module's expert parameters to meta once copied: their memory is free, eager refuses to run
     spec           run megamoe/steps.py (plain torch) on whatever device the model is on: the yardstick for the kernel
     lockstep_chunks  more tokens than the capacity are sent in several calls, as many on every rank as the one with most
                    needs: agreed on by the hosts before each layer, which waits for the device. Not in a CUDA graph
@@ -182,6 +183,7 @@ class Serving:
         _SERVINGS[model] = self
         for slot in slots.values():
             _SLOTS[slot.key] = slot
+            unwatch(slot.module())
             finalize(slot.module(), _SLOTS.pop, slot.key, None)  # an id is used again
             slot.serving = ref(self)
             if slot.shared is not None:
@@ -220,6 +222,7 @@ class Serving:
                 _SLOTS.pop(slot.key, None)
                 if slot.shared is not None:
                     unfold(slot.shared())
+                watch(slot.module())
             model.set_experts_implementation(self._before)
         for layer in self.layers.values():
             layer.close()

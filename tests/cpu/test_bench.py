@@ -63,6 +63,7 @@ def test_protocols_follow_the_bar():
         (["--check-rows", "0"], "--check-rows"),
         (["--num-sms", "-3"], "--num-sms -3"),
         (["--json", "/nowhere/bench.json"], "--json /nowhere/bench.json"),
+        (["--results", "/dev/null/rows"], "--results: cannot write to the folder /dev/null/rows: Not a directory"),
     ],
 )
 def test_a_wrong_command_line_ends_with_2_and_names_the_option(arguments, named, capsys):

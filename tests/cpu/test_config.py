@@ -24,6 +24,7 @@ GOOD = {"hidden": 256, "intermediate": 128, "num_experts": 8, "topk": 2}
         ("num_experts", 0, ValueError, "num_experts=0 must be at least 1; nearest legal value 1"),
         ("num_experts", True, TypeError, "num_experts=True has type bool"),
         ("topk", 0, ValueError, "topk=0 must be between 1 and 16; nearest legal value 1"),
+        ("num_shared_experts", -1, ValueError, "num_shared_experts=-1 must be between 0 and 14; nearest legal value 0"),
         ("topk", 17, ValueError, "topk=17 must be between 1 and 16; nearest legal value 16"),
         ("weight_format", "int4", ValueError, "weight_format='int4' must be one of 'fp8', 'mxfp4', 'bf16'"),
         ("swiglu_limit", 0.0, ValueError, "swiglu_limit=0.0 must be a finite number above 0"),

@@ -120,6 +120,8 @@ def test_a_run_that_was_cut_short_goes_on_and_digests_are_believed_only_if_right
     assert convert(tmp_path / "src", tmp_path / "dst", "fp8") == [second]
     with pytest.raises(ValueError, match="holds another checkpoint; give an empty directory"):
         convert(tmp_path / "src", tmp_path / "dst", "bf16")
+    with pytest.raises(ValueError, match="weight_format='int4' must be one of 'bf16', 'fp8', 'mxfp4'"):
+        convert(tmp_path / "src", tmp_path / "dst", "int4")
 
 
 def test_one_error_lists_all_that_is_wrong_and_nothing_is_written(tmp_path, capsys):

@@ -1,5 +1,8 @@
 """MoELayer and Workspace on one process: what they accept, return and refuse."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -356,3 +359,15 @@ def test_workspace_refuses_what_cannot_run(monkeypatch):
     monkeypatch.setenv("MEGAMOE_DEBUG", "loud")  # misspelt, it must not pass for off
     with pytest.raises(ValueError, match="MEGAMOE_DEBUG='loud' must be 0, 1, 2 or 3"):
         Workspace(TINY, EPConfig(8), device="cpu")
+
+
+def test_a_layer_is_not_copied():
+    layer, _, _ = make_layer()
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"make another on the workspace, or with weights_of"):
+            copied(layer)
+
+
+def test_a_group_this_rank_is_no_member_of_is_named():
+    with pytest.raises(TypeError, match=r"group=-100 has type int; pass a process group that this rank is a member of"):
+        Workspace(TINY, EPConfig(8), device="cpu", group=-100)

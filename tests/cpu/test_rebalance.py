@@ -305,7 +305,9 @@ def test_plans_that_do_not_fit_name_the_numbers():
         layer.load_plan(plan_experts(np.ones((1, 12)), num_ranks=2))
     with pytest.raises(ValueError, match="plan_layer=2: the plan has 2 layers"):
         layer.load_plan(make_plan(redundant=0), plan_layer=2)
-    with pytest.raises(ValueError, match="no room for one expert"):
+    with pytest.raises(ValueError, match="max_bytes=1000: no room for one expert a step; pass 98328 or more"):
         layer.rebalance(make_plan(redundant=0), max_bytes=1000)
+    with pytest.raises(TypeError, match="max_bytes=1000000.0 has type float"):
+        layer.rebalance(make_plan(redundant=0), max_bytes=1e6)
     with pytest.raises(ValueError, match="choice='best'"):
         layer.load_plan(make_plan(redundant=0), choice="best")

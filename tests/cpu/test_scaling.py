@@ -89,6 +89,11 @@ def test_the_plot_says_what_became_of_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize("arguments, named", [
     (["--sizes", "3"], "--sizes"), (["--case", "nope"], "nope"), (["--mode", "fast"], "--mode"),
     (["--routing", "odd"], "--routing"), (["--virtual-ranks", "0"], "--virtual-ranks 0"),
+    (["--check-rows", "0"], "--check-rows 0 must be at least 1"), (["--tokens", "4,0"], "--tokens '4,0'"),
+    (["--results", "/dev/null/rows"], "--results: cannot write to the folder /dev/null/rows: Not a directory"),
+    (["--plot", "/nowhere/a.png"], "--plot /nowhere/a.png: cannot write to the folder /nowhere: No such file"),
+    (["--report", "--markdown", "/nowhere/a.md"], "--markdown /nowhere/a.md"),
+    (["--report", "--results", "/nowhere"], "--results /nowhere is no folder"),
 ])  # fmt: skip
 def test_wrong_command_lines_are_named(arguments, named, capsys):
     defaults = ["--virtual-ranks", "2"] if "--virtual-ranks" not in arguments else []

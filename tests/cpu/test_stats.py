@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megamoe import EPConfig, MegaMoEError, MoEConfig, MoELayer, Workspace
-from megamoe.stats import Stats, imbalance
+from megamoe.stats import Stats, imbalance, prometheus
 from megamoe.testing.data import make_case
 
 CONFIG = MoEConfig(hidden=256, intermediate=128, num_experts=4, topk=2)
@@ -47,3 +47,16 @@ def test_prometheus_text():
     text = Stats(wait_s=1.5, rows=7, imbalance=1.25).prometheus()
     assert "wait_seconds_total{} 1.5\n" in text and "rows_total{} 7\n" in text
     assert "# TYPE megamoe_imbalance gauge\nmegamoe_imbalance{} 1.25\n" in text
+
+
+def test_several_layers_are_one_page_with_each_metric_once():
+    page = prometheus((Stats(layer, wait_s=0.5), {"rank": 0, "layer": layer}) for layer in range(3))
+    lines = page.splitlines()
+    types = [line for line in lines if line.startswith("#")]
+    assert len(types) == len(set(types)) == 7
+    place = lines.index("# TYPE megamoe_calls_total counter")
+    assert lines[place + 1 : place + 4] == [f'megamoe_calls_total{{layer="{n}",rank="0"}} {n}' for n in range(3)]
+    with pytest.raises(ValueError, match="two of the layers have the labels"):
+        prometheus([(Stats(), {"rank": 0}), (Stats(), {"rank": 0})])
+    with pytest.raises(ValueError, match="label 'layer-name'"):
+        Stats().prometheus(**{"layer-name": 1})

@@ -64,6 +64,26 @@ def test_a_block_compiles_to_one_graph_with_the_same_bits(block, backend):
     assert torch.equal(compiled(x, count, out), block(x, count)) and not out[4:].any() and out[:4].any()
 
 
+def test_blocks_compiled_one_by_one_share_two_graphs_where_handles_are_arguments(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "allow_unspec_int_on_nn_module", True)
+    torch._dynamo.reset()
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    with Workspace(CONFIG, EPConfig(64), device="cpu") as workspace, torch.no_grad():
+        blocks = [Block(load(MoELayer(CONFIG, workspace), seed=seed)).eval().bfloat16() for seed in range(10)]
+        x = torch.randn(5, 256).bfloat16()
+        expected = [block(x) for block in blocks]
+        for block in blocks:
+            block.compile(fullgraph=True, backend=counting)
+        for block, y in zip(blocks, expected, strict=True):
+            assert torch.equal(block(x), y)
+    assert len(graphs) == 2
+
+
 def test_the_operators_keep_their_promises_to_torch(block):
     layer, x = block.layer, torch.randn(5, 256).bfloat16()
     routed = route(torch.randn(5, 8), topk=2)

@@ -239,6 +239,17 @@ def test_donated_parameters_leave_memory_and_logits_stay(model, checkpoint):
         assert all(layer.mlp.experts.down_proj.is_meta for layer in model.model.layers)
         served = torch.cat([model(input_ids=i).logits[0] for i in ids])
     assert logits_error(served, eager).max_abs <= LOGITS_FP32
+    with pytest.raises(ValueError, match="gate_up_proj, down_proj are on the meta device.*enable"):
+        eager_logits(model, ids)
+    with enable(model, weight_format="bf16", checkpoint=checkpoint), torch.no_grad():
+        again = torch.cat([model(input_ids=i).logits[0] for i in ids])
+    assert torch.equal(again, served)
+
+
+def test_a_model_loaded_without_experts_does_not_run_without_them(checkpoint):
+    light = load_without_experts(checkpoint, dtype=torch.float32)
+    with torch.no_grad(), pytest.raises(ValueError, match="on the meta device, donated to megamoe or not loaded"):
+        light(input_ids=torch.arange(4)[None])
 
 
 def test_training_is_refused_rather_than_cut_off_from_its_gradient(model):

@@ -61,6 +61,62 @@ def plans(info):
     return {"calls": calls, "equal": equal_calls, "served": int(served.sum())}
 
 
+def plans_differ(info):
+    """Each rank plans from what it served itself, calls for another choice, or only one of them has loaded weights
+    since the last plan; then a rank asks for what does not fit. All are told, and no weight has moved."""
+    config, errors = SMALL, []
+    with Workspace(config, EPConfig(16, num_redundant_slots_per_rank=2), device="cpu") as workspace:
+        layer = MoELayer(config, workspace)
+        case = make_case(3, config, info.ep_size, [16, 9][: info.ep_size], "holes")
+        w, i = case.weights[info.ep_rank], case.inputs[info.ep_rank]
+        layer.load_weights(w.linear1, w.linear2, w.linear1_sf, w.linear2_sf)
+        expected = layer(i.x, i.topk_idx, i.topk_weights)
+        own, same = (plan_experts(popularity("zipf", 1, 8, seed), num_ranks=info.ep_size, num_redundant_experts=4)
+                     for seed in (info.ep_rank, 5))  # fmt: skip
+        attempts = [lambda: layer.load_plan(own),
+                    lambda: layer.load_plan(same, choice=("static", "balanced")[info.ep_rank]),
+                    lambda: layer.rebalance(same, max_bytes=(10, 200_000)[info.ep_rank])]  # fmt: skip
+        for attempt in attempts:
+            try:
+                attempt()
+            except ValueError as error:
+                errors.append(str(error))
+        equal = torch.equal(layer(i.x, i.topk_idx, i.topk_weights), expected)
+        layer.load_plan(same)
+        equal &= torch.equal(layer(i.x, i.topk_idx, i.topk_weights), expected)
+        if info.ep_rank == 1:
+            layer.load_weights(w.linear1, w.linear2, w.linear1_sf, w.linear2_sf)
+        try:
+            layer.load_plan(same)
+        except ValueError as error:
+            errors.append(str(error))
+    return {"errors": errors, "equal": equal}
+
+
+def bounds_differ(info):
+    """Rank 1 passes another num_tokens_bound: as the kernel does, the call ends on both. Then one is refused another
+    layer's call, and after reset() a plan loads at once."""
+    with Workspace([SMALL, SIX], EPConfig(16, arrive_deadline_s=1.5), device="cpu") as workspace:
+        layers, calls = [], []
+        for config in (SMALL, SIX):
+            case = make_case(0, config, info.ep_size, 4, ranks=[info.ep_rank])
+            w, i = case.weights[0], case.inputs[0]
+            layers.append(MoELayer(config, workspace))
+            layers[-1].load_weights(w.linear1, w.linear2, w.linear1_sf, w.linear2_sf)
+            calls.append((i.x, i.topk_idx, i.topk_weights))
+        layers[0](*calls[0], num_tokens_bound=4)
+        errors = []
+        for layer, call, bound in ((0, calls[0], (8, 16)[info.ep_rank]), (1, calls[(1, 0)[info.ep_rank]], None)):
+            try:
+                layers[layer](*call, num_tokens_bound=bound)
+            except (ValueError, MegaMoEError) as error:
+                errors.append(f"{type(error).__name__}: {error}")
+            workspace.reset()
+        layers[0].load_plan(plan_experts(popularity("zipf", 1, 8, 5), num_ranks=info.ep_size))
+        y = layers[0](*calls[0])
+    return {"errors": errors, "after": bool(y.isfinite().all() and y.any())}
+
+
 def config_differs(info):
     """Rank 1 has another topk, then another debug level: every rank must be told."""
     errors = []

@@ -43,6 +43,25 @@ def test_plans_and_their_steps_keep_the_bits_over_the_wire():
     assert sum(result["served"] for result in results) > 0
 
 
+def test_plans_that_differ_are_refused_on_every_rank_before_a_weight_moves():
+    for result in run("plans_differ", 2):
+        plan, choice, room, placement = result["errors"]
+        assert plan.startswith("plan differs between ranks: ") and "sum of all ranks' load_counts()" in plan
+        assert choice.startswith("choice differs between ranks: 'static' on rank 0, 'balanced' on rank 1")
+        assert "max_bytes=10: no room for one expert a step" in room
+        assert placement.startswith("the placement of the last plan, or of load_weights differs between ranks")
+        assert result["equal"]
+
+
+def test_bounds_that_differ_end_the_call_on_every_rank_and_a_plan_loads_after_a_reset():
+    for result in run("bounds_differ", 2):
+        bound, refused = result["errors"]
+        assert bound.startswith("MegaMoEError: ") and "all ranks pass the same num_tokens_bound" in bound
+        assert "num_tokens_bound 8" in bound and "num_tokens_bound 16" in bound
+        assert refused.startswith(("MegaMoEError: ", "ValueError: ")[result["rank"]])
+        assert result["after"]
+
+
 def test_configurations_that_differ_are_refused_on_every_rank():
     for result in run("config_differs", 2):
         topk, level = result["errors"]
