@@ -5,12 +5,12 @@ layers, in the call, but for several NVLink domains whose rows NCCL carries alon
 check costs a meeting of the hosts a call and says before it who is about to do what.
 """
 
-import os
 import weakref
 
 import torch.distributed as dist
 
 from megamoe.errors import absent_ranks_named
+from megamoe_cuda.compile import debug_level
 from megamoe_cuda.gather import gather
 
 _num_calls = weakref.WeakKeyDictionary()  # group -> calls compared so far, of all its workspaces
@@ -27,7 +27,7 @@ def next_workspace_index() -> int:
 def call_order(group) -> "CallOrder | None":
     """The check for a workspace; None below MEGAMOE_DEBUG=2, or for one rank. Workspaces of one group are compared with
     each other too."""
-    if os.environ.get("MEGAMOE_DEBUG") not in ("2", "3") or group is None or dist.get_world_size(group) == 1:
+    if group is None or debug_level() < 2 or dist.get_world_size(group) == 1:
         return None
     return CallOrder(group)
 

@@ -1,6 +1,7 @@
 """What layers share: the group of ranks, the device, and on CUDA the symmetric memory. Created once, by all ranks
 together."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -14,6 +15,7 @@ from megamoe.errors import MegaMoEError, absent_ranks_named
 from megamoe.exchange import DistExchange, LocalExchange
 from megamoe.streams import StreamOwner, current_stream_handle
 from megamoe.support import parse_device, support
+from megamoe_cuda.compile import debug_level
 from megamoe_cuda.gather import gather
 
 
@@ -60,7 +62,7 @@ class Workspace:
         self.group = group
         group_size = dist.get_world_size(group) if group is not None else 1
         self.ep_rank = dist.get_rank(group) if group is not None else 0
-        self.streams, self.order = StreamOwner(), call_order(group)
+        self.streams, self.order = StreamOwner(), None
         self.index, self.layers = next_workspace_index(), []
         self.call_checks = {}  # of its layers, by MoEConfig
         self.num_ranks_here = ep_config.virtual_ranks or 1
@@ -73,6 +75,7 @@ class Workspace:
             self.ep_config, problem = self._with_domains()
             problem = problem or self._problem(group_size)
             _compare_ranks(group, group_size, self._facts(), problem, ep_config.arrive_deadline_s)
+        self.order = call_order(group)
         if self.ep_config.num_domains(self.ep_size) > 1:
             from megamoe.domains.workspace import Domains
 
@@ -197,6 +200,7 @@ class Workspace:
         for i, config in enumerate(self.moe_configs):
             facts |= {f"moe_configs[{i}].{name}": value for name, value in asdict(config).items()}
         facts["device type"] = self.device.type
+        facts["MEGAMOE_DEBUG"] = os.environ.get("MEGAMOE_DEBUG") or "0"
         return facts
 
     def _problem(self, group_size: int) -> str | None:
@@ -213,6 +217,10 @@ class Workspace:
                 f"group has {group_size} of {dist.get_world_size()} ranks; several domains need a group of all, for "
                 "torch makes their subgroups with all: start fewer ranks, or pass group=None"
             )
+        try:
+            debug_level()
+        except ValueError as error:
+            return str(error)
         for config in self.moe_configs:
             report = support(config, self.ep_config, self.device, ep_size=virtual_ranks or group_size)
             if not report.ok:

@@ -38,8 +38,8 @@ def spawn_ranks(
 ) -> list[RankResult]:
     """Run ``python *command`` as num_ranks gloo-capable ranks; stdout and stderr of each come back together.
 
-    env: variables to add. After a rank fails the others get 5 s to report their own side of it; nothing outlives the
-        call.
+    env: variables to add. After a rank fails the others get 15 s to report their own side of it, which a busy machine
+        may need; nothing outlives the call.
     """
     # The store lives here and not in rank 0: its port is known to be free, and it outlasts a rank that dies
     store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, timeout=timedelta(seconds=timeout_s))
@@ -67,5 +67,5 @@ def _wait(processes: list[subprocess.Popen], deadline: float) -> None:
     failed = False
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         if not failed and any(process.poll() for process in processes):
-            failed, deadline = True, min(deadline, time.monotonic() + 5.0)
+            failed, deadline = True, min(deadline, time.monotonic() + 15.0)
         time.sleep(0.02)

@@ -335,7 +335,7 @@ def test_a_failed_call_poisons_the_workspace_until_reset(monkeypatch):
     assert torch.equal(layer(x, topk_idx, topk_weights), expected)
 
 
-def test_workspace_refuses_what_cannot_run():
+def test_workspace_refuses_what_cannot_run(monkeypatch):
     with pytest.raises(ValueError, match="moe_configs is empty"):
         Workspace([], EPConfig(8), device="cpu")
     with pytest.raises(ValueError, match="num_experts=4 cannot be spread evenly over ep_size=3"):
@@ -353,3 +353,6 @@ def test_workspace_refuses_what_cannot_run():
         Workspace({}, EPConfig(8), device="cpu")
     with pytest.raises(TypeError, match="ep_config has type int; pass an EPConfig"):
         Workspace(TINY, 8, device="cpu")
+    monkeypatch.setenv("MEGAMOE_DEBUG", "loud")  # misspelt, it must not pass for off
+    with pytest.raises(ValueError, match="MEGAMOE_DEBUG='loud' must be 0, 1, 2 or 3"):
+        Workspace(TINY, EPConfig(8), device="cpu")

@@ -62,13 +62,16 @@ def plans(info):
 
 
 def config_differs(info):
-    """Rank 1 has another topk: every rank must be told."""
-    config = MoEConfig(hidden=256, intermediate=128, num_experts=8, topk=2 + info.ep_rank)
-    try:
-        Workspace(config, EPConfig(16), device="cpu")
-    except ValueError as error:
-        return {"error": str(error)}
-    return {"error": None}
+    """Rank 1 has another topk, then another debug level: every rank must be told."""
+    errors = []
+    for topk, level in ((2 + info.ep_rank, "0"), (2, "0" if info.ep_rank == 0 else "2")):
+        os.environ["MEGAMOE_DEBUG"] = level
+        config = MoEConfig(hidden=256, intermediate=128, num_experts=8, topk=topk)
+        try:
+            Workspace(config, EPConfig(16), device="cpu")
+        except ValueError as error:
+            errors.append(str(error))
+    return {"errors": errors}
 
 
 def one_cannot(info):

@@ -45,7 +45,9 @@ def test_plans_and_their_steps_keep_the_bits_over_the_wire():
 
 def test_configurations_that_differ_are_refused_on_every_rank():
     for result in run("config_differs", 2):
-        assert result["error"].startswith("moe_configs[0].topk differs between ranks: 2 on rank 0, 3 on rank 1")
+        topk, level = result["errors"]
+        assert topk.startswith("moe_configs[0].topk differs between ranks: 2 on rank 0, 3 on rank 1")
+        assert level.startswith("MEGAMOE_DEBUG differs between ranks: '0' on rank 0, '2' on rank 1")
 
 
 def test_a_rank_that_cannot_start_is_named_on_every_rank():

@@ -14,6 +14,7 @@ from megamoe.testing.faults.host_ranks import (
     DEADLINE_S,
     OTHER,
     START_S,
+    WAITED,
     all_live,
     case_of,
     group,
@@ -58,7 +59,9 @@ def in_a_call(faulty_call, *, succeeds: bool = False, resets: bool = True, debug
 
 
 def _in_a_call(rank: int, everyone, faulty_call, succeeds: bool, resets: bool) -> Said:
-    workspace = open_workspace(everyone)
+    # Where a rank is slow and in time, a busy machine must not add what is missing to the deadline
+    deadline_s = 5 * DEADLINE_S if succeeds else DEADLINE_S
+    workspace = open_workspace(everyone, arrive_deadline_s=deadline_s, step_deadline_s=deadline_s)
     layers = [make_layer(workspace, config, rank) for config in (CONFIG, OTHER)]
     problem = wrong_output(layers[0], rank)
     action = (lambda: faulty_call(workspace, layers)) if rank == FAULTY else (lambda: call(layers[0], rank))
@@ -170,7 +173,7 @@ FAULTS = (
           in_a_call(lambda workspace, layers: call(layers[1], FAULTY), debug=True),
           *[r"rank 0 calls layer 0 of workspace (\d+);.* rank 2 calls layer 1 of workspace \1\."] * 2, DEADLINE_S),
     Fault("a rank makes no call, MEGAMOE_DEBUG=2", "call", in_a_call(lambda workspace, layers: None, debug=True),
-          rf"role host step call: rank [01] waited {DEADLINE_S} s at call for rank 2", "no error", DEADLINE_S),
+          rf"role host step call: rank [01] {WAITED} at call for rank 2", "no error", DEADLINE_S),
     Fault("a rank has more tokens than the capacity", "dispatch",
           in_a_call(lambda workspace, layers: call(layers[0], FAULTY, 9)),
           NAMES_2, r"ValueError: hidden_states has 9 tokens, above num_max_tokens_per_rank=8", DEADLINE_S),
@@ -181,12 +184,12 @@ FAULTS = (
     Fault("rows are slow, within the deadline", "combine", in_a_call(rows_at_combine(delayed), succeeds=True),
           "no error", "no error", DEADLINE_S),
     Fault("a rank comes late to the workspace", "places", preparation.at_workspace,
-          rf"role host step places: rank [01] waited {DEADLINE_S} s at places for rank 2", "rank 0.*and rank 1",
+          rf"role host step places: rank [01] {WAITED} at places for rank 2", "rank 0.*and rank 1",
           DEADLINE_S),
     Fault("a rank has another configuration", "workspace", preparation.other_configuration,
           *["ep_config.step_deadline_s differs between ranks: 8.0 on rank 0, 9.0 on rank 2"] * 2, DEADLINE_S),
     Fault("a rank does not come to reset()", "reset", preparation.at_reset,
-          rf"role host step reset: rank [01] waited {DEADLINE_S} s at reset for rank 2, which was last seen at faults",
+          rf"role host step reset: rank [01] {WAITED} at reset for rank 2, which was last seen at faults",
           "no error", DEADLINE_S),
     Fault("compilation fails on one rank", "preparation", preparation.preparing(preparation.broken_source),
           "step preparation: rank 2 could not prepare its workspace: CompileError", "CompileError", 30.0),
@@ -209,9 +212,10 @@ FAULTS = (
     Fault("a rank closes its workspace early", "dispatch", in_a_call(closed_early, resets=False),
           NAMES_2, "MegaMoEError: the workspace is closed", DEADLINE_S),
     Fault("a rank is never started", "start", preparation.never_started,
-          r"TimeoutError: rank [01] waited 1\.5 s at start for rank 2 of 3", None, START_S, True, NUM_RANKS, (0, 1)),
+          r"TimeoutError: rank [01] waited (1\.[5-9]|[2-6]\.\d) s at start for rank 2 of 3", None, START_S, True,
+          NUM_RANKS, (0, 1)),
     Fault("a rank dies before its workspace", "places", dies("workspace"),
-          rf"step places: rank [01] waited {DEADLINE_S} s at places for rank 2", None, DEADLINE_S, True),
+          rf"step places: rank [01] {WAITED} at places for rank 2", None, DEADLINE_S, True),
     Fault("a rank dies before a call", "dispatch", dies("before"),
           LEFT_2.format("dispatch"), None, DEADLINE_S, True),
     Fault("a rank dies during a call", "combine", dies("during"), LEFT_2.format("combine"), None, DEADLINE_S, True),
