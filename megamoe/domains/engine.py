@@ -116,7 +116,7 @@ class TwoLevelEngine:
 
     def _fixed(self, rows: list[Tensor], form: RowFormat, bound: int) -> list[Tensor]:
         domains = self.domains
-        domains.transport.start_call(self.number, bound)
+        domains.transport.start_call(self.number)
         count = 2 if bound >= resources.OVERLAP_MIN_TOKENS else 1
         size = math.ceil(bound / count)
         counts = [size] * domains.num_domains
@@ -145,7 +145,7 @@ class TwoLevelEngine:
             raise ValueError(f"domain_tokens={limit} counts rows on the host; capture graphs with domain_tokens=None")
         tokens = [self._tokens_by_domain(i, one, form) for i, one in enumerate(rows)]
         totals = [[len(one) for one in by_domain] for by_domain in tokens]
-        domains.transport.start_call(self.number, bound)  # behind what may be refused on this rank alone
+        domains.transport.start_call(self.number)  # behind what may be refused on this rank alone
         coming, largest = domains.transport.meet(totals)
         count = math.ceil(largest / limit)
         backs = [[[] for _ in range(domains.num_domains)] for _ in rows]

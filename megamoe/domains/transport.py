@@ -7,7 +7,7 @@
     meet(counts)
         counts[i][d]: rows that rank i will send to domain d -> (what each domain will send to rank i, the largest
         count of any rank). On the host: waits for every rank, at most until the deadlines.
-    start_call(layer, num_tokens_bound)
+    start_call(layer)
         A call of the workspace's layer number `layer` begins. Said with all that gloo carries, so that domains which
         call different layers end by MegaMoEError; rows that NCCL carries say nothing.
     bytes_sent
@@ -50,7 +50,7 @@ class LocalTransport:
         ]
         return received, max(map(max, counts))
 
-    def start_call(self, layer: int, num_tokens_bound: int) -> None:
+    def start_call(self, layer: int) -> None:
         """One process cannot be in two calls."""
 
 
@@ -104,9 +104,9 @@ class DistTransport:
             largest = max(int(bundle[0]) for bundle in others)
         return [[count for count, _ in received]], largest
 
-    def start_call(self, layer: int, num_tokens_bound: int) -> None:
+    def start_call(self, layer: int) -> None:
         for exchange in (self._across, self._within):
-            exchange.start_call(layer, num_tokens_bound)
+            exchange.start_call(layer)
 
     def _named(self, exchange: DistExchange, sends: list, step: str) -> list:
         try:

@@ -334,9 +334,9 @@ def test_what_was_begun_is_undone_after_an_error(ranks):
 
 def test_who_is_long_in_a_call_without_deadline_says_so(ranks):
     for rank, found in enumerate(ranks):
-        line = (f"megamoe: rank {rank} is in nvshmem_init for 0.4 s, which has no deadline and waits for all ranks: "
-                f"rank {1 - rank} was last seen at NVSHMEM id, its number")
-        assert line in found["slow"]["said"] and found["slow"]["said"].count("megamoe:") == 2, found["slow"]
+        line = (rf"megamoe: rank {rank} is in nvshmem_init for 0\.[4-9] s, which has no deadline and waits for all "
+                rf"ranks: rank {1 - rank} was last seen at NVSHMEM id, its number")
+        assert re.search(line, found["slow"]["said"]) and found["slow"]["said"].count("megamoe:") == 2, found["slow"]
         assert "remedy: " in found["slow"]["said"] and found["slow"]["events"] == ["init", "malloc", "free", "finalize"]
 
 

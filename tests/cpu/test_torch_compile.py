@@ -64,8 +64,8 @@ def test_a_block_compiles_to_one_graph_with_the_same_bits(block, backend):
     assert torch.equal(compiled(x, count, out), block(x, count)) and not out[4:].any() and out[:4].any()
 
 
-def test_blocks_compiled_one_by_one_share_two_graphs_where_handles_are_arguments(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "allow_unspec_int_on_nn_module", True)
+@torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True)
+def test_blocks_compiled_one_by_one_share_two_graphs_where_handles_are_arguments():
     torch._dynamo.reset()
     graphs = []
 
