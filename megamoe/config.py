@@ -120,9 +120,9 @@ class EPConfig:
     num_max_tokens_per_rank: capacity; no call may bring more tokens on any rank.
     virtual_ranks: None (one rank a process), or R: this one process plays R ranks and every per-rank tensor argument
         of the layer is a list of R tensors, as is the result.
-    arrive_deadline_s: seconds until every rank must have entered a call, or the workspace's construction, reset() or
-        close(); kernel compilation does not count. Raise it where ranks load models at different speeds.
-    step_deadline_s: seconds any later wait of that call may take, at most 2000.
+    arrive_deadline_s: seconds until every rank must have entered a call, or the workspace's construction or close();
+        kernel compilation does not count. Raise it where ranks load models at different speeds.
+    step_deadline_s: seconds any later wait of that call may take, at most 2000. reset() waits for both.
     num_sms: SMs the kernel may use, all ranks of this process together; None = all. No meaning on CPU.
     ranks_per_domain: neighbouring ranks that form one NVLink domain; None = found from the GPUs' peer access (ranks on
         CPU are one domain).

@@ -149,13 +149,14 @@ class Workspace:
     def reset(self) -> None:
         """Make a poisoned workspace usable again. Collective: every rank of the group must call it.
 
-        MegaMoEError if a rank does not come: the workspace then stays poisoned.
+        MegaMoEError if a rank does not come within arrive_deadline_s + step_deadline_s, for which a peer may still wait
+        in the call that this rank left or never made: the workspace then stays poisoned.
         """
         if self.closed:
             raise MegaMoEError("the workspace is closed; create a new one")
         with absent_ranks_named():
             if self.group is not None and self.ep_size > self.num_ranks_here:
-                gather(self.group, "reset", None, self.ep_config.arrive_deadline_s)
+                gather(self.group, "reset", None, self.ep_config.arrive_deadline_s + self.ep_config.step_deadline_s)
             if self.fused is not None:
                 self.fused.reset()
             elif isinstance(self.exchange, DistExchange):

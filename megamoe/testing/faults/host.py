@@ -190,7 +190,7 @@ FAULTS = (
           *["ep_config.step_deadline_s differs between ranks: 8.0 on rank 0, 9.0 on rank 2"] * 2, DEADLINE_S),
     Fault("a rank does not come to reset()", "reset", preparation.at_reset,
           rf"role host step reset: rank [01] {WAITED} at reset for rank 2, which was last seen at faults",
-          "no error", DEADLINE_S),
+          "no error", 2 * DEADLINE_S),
     Fault("compilation fails on one rank", "preparation", preparation.preparing(preparation.broken_source),
           "step preparation: rank 2 could not prepare its workspace: CompileError", "CompileError", 30.0),
     Fault("compilation takes longer than the deadline", "preparation",
