@@ -206,8 +206,7 @@ def run(args) -> tuple[bool, list, Setup]:
     setup = replace(setup, ranks_per_domain=args.ranks_per_domain, domain_tokens=args.domain_tokens)
     if args.check_rows < 1:
         raise ValueError(f"--check-rows {args.check_rows} must be at least 1")
-    if args.results and setup.is_first:
-        check_folder("--results", args.results, make=True)
+    bench.check_folders(setup, results=args.results)
     sizes = sizes_of(args.sizes, setup.ep_size)
     routings = case_list.parse_choices("--routing", args.routing, ROUTINGS)
     if args.max_domains is not None and (args.ranks_per_domain is None or routings != ["uniform"]):

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from megamoe.errors import ErrorRecord, MegaMoEError
+from megamoe.errors import ErrorRecord, MegaMoEError, absent_ranks_named
 from megamoe.layout import STEPS
 from megamoe_cuda.gather import gather
 
@@ -47,9 +47,10 @@ def connecting(group: dist.ProcessGroup, timeout: timedelta):
     problem = None
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
         problem = str(error)
-    problems = gather(group, "connections", problem, 2 * timeout.total_seconds())
+    with absent_ranks_named():
+        problems = gather(group, "connections", problem, 2 * max(timeout.total_seconds(), CONNECT_S))
     unable = {rank: theirs for rank, theirs in enumerate(problems) if theirs is not None}
     if unable:
         have = len(problems) - len(unable)

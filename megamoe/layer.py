@@ -148,18 +148,21 @@ class MoELayer(nn.Module):
         ValueError names what does not fit: another topology, too few slots or staging memory, several NVLink domains;
         on every rank, if one cannot or has other arguments. MegaMoEError names a rank that does not come.
         """
-        self.workspace.check_open()
-        if self._weights_of is not None:
-            raise RuntimeError("the layer uses the weights of another (weights_of); move them there")
         made, facts, error = None, {}, None
         try:
+            self.workspace.check_open()
+            if self._weights_of is not None:
+                raise RuntimeError("the layer uses the weights of another (weights_of); move them there")
             made = self._rebalance(plan, plan_layer, choice, max_bytes)
             names = "the placement of the last plan, or of load_weights", "plan", "plan.load"
             facts = {"layer": self.index, **dict(zip(names, made.digests, strict=True)), "choice": choice,
-                     "max_bytes": max_bytes}  # fmt: skip
-        except (ValueError, TypeError, RuntimeError) as own:
+                     "max_bytes": max_bytes, "steps so far, odd or even": self.workspace.staging.bank}  # fmt: skip
+        except Exception as own:
             error = own
-        remedy = "plan from the sum of all ranks' load_counts(); where placements differ, load_weights on all of them"
+        remedy = (
+            "plan from the sum of all ranks' load_counts(); where placements differ, load_weights on all of them, and "
+            "where steps do, workspace.reset()"
+        )
         self.workspace.compare("plan", facts, error, remedy)
         return made
 

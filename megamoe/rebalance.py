@@ -152,6 +152,13 @@ class Staging:
         if self._owner is not None and self._owner() is engine:
             self._owner = None
 
+    def clear(self) -> None:
+        """The same on all ranks again: a step may have failed on one rank only. What is under way there has ended."""
+        owner = self._owner and self._owner()
+        if owner is not None:
+            owner.placement_version += 1
+        self._owner, self.bank = None, 0
+
 
 def experts_a_step(most: int, max_bytes: int | None, expert_bytes: int) -> int:
     """Experts that a rank receives in a step of a rebalance. most: that it has staging memory for."""

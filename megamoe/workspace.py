@@ -154,6 +154,8 @@ class Workspace:
         """
         if self.closed:
             raise MegaMoEError("the workspace is closed; create a new one")
+        if self.is_cuda:  # a launch that still waits for a peer does so before the ranks meet, not while
+            torch.cuda.synchronize(self.device)
         with absent_ranks_named():
             if self.group is not None and self.ep_size > self.num_ranks_here:
                 gather(self.group, "reset", None, self.ep_config.arrive_deadline_s + self.ep_config.step_deadline_s)
@@ -163,6 +165,7 @@ class Workspace:
                 self.exchange.reset()
             elif self.domains is not None:
                 self.domains.reset()
+        self.staging.clear()
         self.poisoned = None
 
     def close(self) -> None:

@@ -4,23 +4,20 @@ torch computes with such parameters as if nothing were missing, and adds what co
 nobody wrote: the model would go on with wrong logits.
 """
 
-from weakref import WeakKeyDictionary
-
 from torch import nn
-
-_HOOKS: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 
 
 def watch(experts: nn.Module) -> None:
     """From now on a call of this module raises while one of its own parameters is on meta. Twice is harmless."""
-    if experts not in _HOOKS:
-        _HOOKS[experts] = experts.register_forward_pre_hook(_refuse_meta)
+    if _refuse_meta not in experts._forward_pre_hooks.values():
+        experts.register_forward_pre_hook(_refuse_meta)
 
 
 def unwatch(experts: nn.Module) -> None:
     """While megamoe serves it: a hook would cost each call a microsecond."""
-    if experts in _HOOKS:
-        _HOOKS.pop(experts).remove()
+    # Found there and not remembered here: a copy of the module has a copy of the hook
+    for key in [key for key, hook in experts._forward_pre_hooks.items() if hook is _refuse_meta]:
+        del experts._forward_pre_hooks[key]
 
 
 def _refuse_meta(experts: nn.Module, _) -> None:

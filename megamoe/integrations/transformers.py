@@ -222,7 +222,8 @@ class Serving:
                 _SLOTS.pop(slot.key, None)
                 if slot.shared is not None:
                     unfold(slot.shared())
-                watch(slot.module())
+                if (module := slot.module()) is not None:  # it may have been replaced while it was served
+                    watch(module)
             model.set_experts_implementation(self._before)
         for layer in self.layers.values():
             layer.close()

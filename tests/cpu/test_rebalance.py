@@ -165,6 +165,21 @@ def test_one_layer_of_a_workspace_moves_at_a_time(monkeypatch):
     assert torch.equal(run(layer, case), run(other, case))
 
 
+def test_a_reset_ends_what_was_under_way_and_all_ranks_begin_alike():
+    """A step may have failed on one rank only, which then has another bank, or another layer's weights on the move."""
+    layer, case = make_layer()
+    other = MoELayer(CONFIG, layer.workspace)
+    load(other, case)
+    rebalance = layer.rebalance(make_plan(), max_bytes=layer._engine.expert_bytes)
+    assert not rebalance.step() and layer.workspace.staging.bank == 1
+    layer.workspace.reset()
+    assert layer.workspace.staging.bank == 0
+    with pytest.raises(RuntimeError, match="start a new one"):
+        rebalance.step()
+    other.load_plan(make_plan())
+    assert torch.equal(run(layer, case), run(other, case))
+
+
 def test_a_rank_that_does_not_come_to_a_plan_is_named(monkeypatch):
     layer, _ = make_layer()
     absent = AbsentRankError("rank 0 waited 1.0 s at arena for rank 2, which was not seen yet", 0, (2,), "arena", 4)

@@ -319,8 +319,34 @@ def weights_decoded_ahead(_: Workspace, rank: int) -> str:
     return f"worst row {result.worst_row:.2e}; {error}"
 
 
+def refused_rank(workspace: Workspace, rank: int) -> str:
+    """The last rank's call is refused and it resets at once, while the others' launches have yet to begin."""
+    case = make_case(9, SMALL, NUM_RANKS, 30, "uniform", "cuda")
+    ep_config, text = EPConfig(30, arrive_deadline_s=1.0, step_deadline_s=1.0), ""
+    with Workspace(SMALL, ep_config) as short, MoELayer(SMALL, short) as layer:
+        load(layer, case, rank)
+        dist.barrier()
+        if rank == NUM_RANKS - 1:
+            try:
+                layer(torch.zeros(31, SMALL.hidden, dtype=torch.bfloat16, device="cuda"), *case.inputs[rank][2:4])
+            except ValueError as refused:
+                text = str(refused)
+        else:
+            torch.cuda._sleep(700_000_000)  # cycles: some 0.4 s
+            call(layer, case, rank, poisoned(case, rank))
+        begin = time.monotonic()
+        short.reset()
+        seconds = time.monotonic() - begin
+        out = call(layer, case, rank, poisoned(case, rank))
+        settle(layer)
+        assert judge(case, rank, out).ok
+        assert rank != NUM_RANKS - 1 or text.startswith("hidden_states has 31 tokens"), text
+        assert seconds > 1.1, seconds  # the launches began after the reset did
+    return f"reset() took {seconds:.1f} s"
+
+
 JOBS = (random_cases, back_to_back, uneven_pace, graph_replay, layers_take_turns, live_rebalance,
-        different_configurations, weights_split_in_pairs, weights_decoded_ahead, absent_rank)  # fmt: skip
+        different_configurations, weights_split_in_pairs, weights_decoded_ahead, absent_rank, refused_rank)  # fmt: skip
 
 
 def report(**fields) -> None:

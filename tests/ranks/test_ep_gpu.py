@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).with_name("gpu_jobs.py")
 ROOT = SCRIPT.parents[2]
 JOBS = ("workspace", "random_cases", "back_to_back", "uneven_pace", "graph_replay", "layers_take_turns",
         "live_rebalance", "different_configurations", "weights_split_in_pairs", "weights_decoded_ahead",
-        "absent_rank")  # fmt: skip
+        "absent_rank", "refused_rank")  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.gpus(n), id=f"ep{n}") for n in (2, 4, 8)])
