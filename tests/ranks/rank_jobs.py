@@ -94,8 +94,8 @@ def plans_differ(info):
 
 
 def bounds_differ(info):
-    """Rank 1 passes another num_tokens_bound: as the kernel does, the call ends on both. Then one is refused another
-    layer's call, and after reset() a plan loads at once."""
+    """Rank 1 passes another num_tokens_bound: the call ends on both. Then one is refused another layer's call, and
+    after reset() a plan loads at once."""
     with Workspace([SMALL, SIX], EPConfig(16, arrive_deadline_s=1.5), device="cpu") as workspace:
         layers, calls = [], []
         for config in (SMALL, SIX):
