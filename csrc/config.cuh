@@ -191,6 +191,7 @@ template <class C>
 MOE_HOST_DEVICE constexpr bool shared_storage_fits() {
     // A larger state must not take a stage unnoticed (it did: benchmarks/notes/0002).
     static_assert(kStages<C> >= 4);
+    static_assert(C::kCluster == 1 || kStages<C> < kTicketSlots);
     static_assert(sizeof(typename SharedStorage<C>::Stage) == C::kStageBytes, "image and scale factors are contiguous");
     static_assert(kSharedBytes<C> <= C::kSharedLimit);
     return true;

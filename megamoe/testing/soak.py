@@ -54,7 +54,7 @@ GPU = Sizes((MoEConfig(2048, 1024, 16, 6), MoEConfig(384, 640, 8, 3, swiglu_limi
 CPU = Sizes((MoEConfig(256, 128, 8, 3), MoEConfig(128, 256, 4, 2, swiglu_limit=1.0)), 12,
             (MoEConfig(256, 128, 8, 3, "mxfp4"), MoEConfig(128, 128, 4, 4, "mxfp4"),
              MoEConfig(128, 256, 4, 2, swiglu_limit=1.0)), 12, 1 / 4)  # fmt: skip
-SEED, WEIGHTS = 11, 2
+SEED, WEIGHTS, VIRTUAL_RANKS, SAID_S = 11, 2, 2, 10.0
 PLANNED_ROUTINGS = ("uniform", "zipf", "holes", "duplicates")
 LOAD = 0.01  # chance of other weights before a call of the layer
 PLANNED_LOAD, REBALANCE = 0.002, 0.02  # before a call under plans, while no rebalance is under way
@@ -110,7 +110,7 @@ class Soak:
         if self.several:
             init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout_s=120.0)
         self.group = dist.group.WORLD if self.several else None
-        self.device, self.ep_size = device, self.info.ep_size if self.several else 2
+        self.device, self.ep_size = device, self.info.ep_size if self.several else VIRTUAL_RANKS
         self.ranks = (self.info.ep_rank,) if self.several else tuple(range(self.ep_size))
         sizes = GPU if device == "cuda" else CPU
         self.sizes, self.shapes, first_planned = sizes, sizes.shapes + sizes.planned, len(sizes.shapes)
@@ -270,32 +270,54 @@ def plans_of(config: MoEConfig, ep_size: int) -> Iterator[ExpertPlan]:
         yield plan_experts(load, num_ranks=ep_size, num_redundant_experts=copies * ep_size)
 
 
+def read_state(state_file: Path, facts: dict) -> dict:
+    """What earlier runs left, {} if there was none. ValueError where it cannot be read, is of another soak than `facts`
+    says, or could not be written again."""
+    if not os.access(state_file.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"--state {state_file}: {state_file.parent} is no folder that can be written to")
+    if not state_file.exists():
+        return {}
+    try:
+        earlier = json.loads(state_file.read_text())
+        other = [name for name, value in facts.items() if earlier.get(name) != value]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"--state {state_file} is no state of a soak ({error}); name another file") from error
+    if other:
+        raise ValueError(f"--state {state_file} is of another soak: {other[0]}={earlier.get(other[0])!r} there, "
+                         f"{facts[other[0]]!r} here; name another file")  # fmt: skip
+    return earlier
+
+
 def soak(device: str, minutes: float, state_file: Path, num_cases: int, calls_a_round: int) -> dict:
-    """Runs for some minutes and adds to the state file, which is then returned. AssertionError when bits differ from
-    this run's first calls, or from an earlier run's; ValueError when the file is of other cases."""
-    begin = time.monotonic()
+    """Runs for some minutes and adds to the state file, which is then returned. Says every SAID_S seconds on standard
+    error how far it is. AssertionError when bits differ from this run's first calls, or from an earlier run's;
+    ValueError as read_state."""
+    begin = said = time.monotonic()
+    info = rank_from_env()
+    several = info.ep_size > 1
+    facts = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+             "ranks": info.ep_size if several else VIRTUAL_RANKS, "rank": info.ep_rank, "processes": several,
+             "cases": num_cases}  # fmt: skip
+    read_state(state_file, facts)  # before minutes go into it
     made = Soak(device, num_cases)
-    where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    facts = {"device": where, "ranks": made.ep_size, "rank": made.info.ep_rank, "processes": made.several,
-             "cases": num_cases, "inputs": made.inputs.hexdigest()}  # fmt: skip
+    facts["inputs"] = made.inputs.hexdigest()
     counts = dict.fromkeys(("runs", "rounds", "calls", "replays", "loads", "planned", "mxfp4", "rebalances", "steps",
                             "moved_bytes"), 0)  # fmt: skip
     state = {**facts, "digest": made.digest(), **counts, "seconds": 0.0}
-    if state_file.exists():
-        earlier = json.loads(state_file.read_text())
-        other = [name for name, value in facts.items() if earlier.get(name) != value]
-        if other:
-            raise ValueError(f"{state_file} is of another soak: {other[0]}={earlier.get(other[0])!r} there, "
-                             f"{facts[other[0]]!r} here; name another file")  # fmt: skip
-        if earlier["digest"] != state["digest"]:
-            raise AssertionError(f"digest {state['digest'][:16]}, in {state_file} {earlier['digest'][:16]}")
-        state = earlier
-    done = False
+    earlier = read_state(state_file, facts)
+    if earlier and earlier["digest"] != state["digest"]:
+        raise AssertionError(f"digest {state['digest'][:16]}, in {state_file} {earlier['digest'][:16]}")
+    state, done, before = earlier or state, False, earlier.get("calls", 0)
     while not done:
         made.round(state["rounds"], calls_a_round, state)
         state["rounds"] += 1
-        done = time.monotonic() - begin > 60 * minutes
-        if made.several:  # all ranks stop after the same round
+        now = time.monotonic()
+        if info.ep_rank == 0 and now - said > SAID_S:
+            said = now
+            print(f"soak: {now - begin:.0f} of {60 * minutes:.0f} s, {state['calls'] - before} calls, no bit differs",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        done = now - begin > 60 * minutes
+        if several:  # all ranks stop after the same round
             done = any(gather(made.group, "soak", done, 60.0))
     state["runs"] += 1
     state["seconds"] += time.monotonic() - begin
@@ -317,7 +339,11 @@ def main(argv: list[str] | None = None) -> int:
     path = Path(given.state)
     if info.ep_size > 1:
         path = path.with_name(f"{path.stem}.rank{info.ep_rank}{path.suffix}")
-    print(json.dumps(soak(given.device, given.minutes, path, given.cases, 1000 if given.device == "cuda" else 20)))
+    try:
+        state = soak(given.device, given.minutes, path, given.cases, 1000 if given.device == "cuda" else 20)
+    except ValueError as error:
+        parser.error(str(error))
+    print(json.dumps(state))
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0

@@ -42,6 +42,26 @@ def test_other_cases_do_not_add_to_a_state(tmp_path, monkeypatch, name, value):
         soak.soak("cpu", 0.0, state, 4, 1)
 
 
+@pytest.mark.parametrize("name, text, refused", [
+    ("none/state.json", None, "is no folder that can be written to"), ("state.json", "[1]", "is no state of a soak"),
+    ("state.json", '{"calls": 1', "is no state of a soak"),
+    ("state.json", json.dumps({"device": "cpu", "ranks": 3}), "is of another soak: ranks=3 there, 2 here"),
+])  # fmt: skip
+def test_a_state_that_would_not_do_is_refused_before_the_soak(tmp_path, monkeypatch, capsys, name, text, refused):
+    monkeypatch.setattr(soak, "Soak", lambda *_: pytest.fail("made its cases first"))
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        soak.main(["--device", "cpu", "--minutes", "0", "--state", str(tmp_path / name)])
+    assert f"--state {tmp_path / name}" in (said := capsys.readouterr().err) and refused in said
+
+
+def test_it_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(soak, "SAID_S", 0.0)
+    soak.soak("cpu", 0.0, tmp_path / "state.json", 4, 10)
+    assert " of 0 s, 10 calls, no bit differs" in capsys.readouterr().err
+
+
 def often(monkeypatch) -> None:
     for name, value in {"CPU": soak.CPU._replace(planned_share=0.5), "PLANNED_LOAD": 0.1, "REBALANCE": 0.5,
                         "STAGED": 1}.items():  # fmt: skip
