@@ -15,7 +15,7 @@ import threading
 import warnings
 from pathlib import Path
 
-FORMAT = "megamoe-kernel-1"
+FORMAT = "megamoe-kernel-2"
 _MAGIC = FORMAT.encode() + b"\n"
 _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _warned: set[str] = set()

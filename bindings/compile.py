@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import cache
-from .errors import CompileError, check, nvrtc
+from .compile_apart import compile_apart
+from .errors import check, nvrtc
 
 _SOURCE_SUFFIXES = (".cu", ".cuh", ".h")
 _DEFINE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -90,7 +91,7 @@ def compile_kernel(
     >= 1; the whole log from 2 on).
 
     ValueError for an unknown source, entry or define; CompileError with the log; MissingLibraryError without NVRTC.
-    Thread-safe; NVRTC runs without the interpreter lock, so threads compile configurations in parallel.
+    Thread-safe; NVRTC runs in a process of its own (compile_apart), so threads compile configurations in parallel.
     """
     texts = dict(sources) if sources is not None else read_sources()
     if source_name not in texts:
@@ -113,7 +114,7 @@ def compile_kernel(
         resources = Resources(**{**meta["resources"], "warnings": tuple(meta["resources"]["warnings"])})
         kernel = CompiledKernel(cubin, entry, meta["log"], resources, key, store.path(key), True)
     else:
-        cubin, log = _nvrtc_compile(source_name, texts, flags)
+        cubin, log = compile_apart(source_name, texts, flags)
         resources = parse_log(log, entry)
         path = store.save(key, {"entry": entry, "log": log, "resources": dataclasses.asdict(resources)}, cubin)
         kernel = CompiledKernel(cubin, entry, log, resources, key, path, False)
@@ -257,32 +258,3 @@ def _flags(defines: Mapping[str, str | int], arch: str, std: str, lineinfo: bool
             raise TypeError(f"define {name}={value!r} must be int, bool or str, not {type(value).__name__}")
         flags.append(f"-D{name}={int(value) if isinstance(value, bool) else value}")
     return [*flags, *options]
-
-
-def _nvrtc_compile(source_name: str, sources: Mapping[str, str], flags: Sequence[str]) -> tuple[bytes, str]:
-    lib = nvrtc()
-    headers = [name for name in sorted(sources) if name != source_name]
-    program = check(
-        lib.nvrtcCreateProgram(
-            sources[source_name].encode(),
-            source_name.encode(),
-            len(headers),
-            [sources[name].encode() for name in headers],
-            [name.encode() for name in headers],
-        ),
-        "nvrtcCreateProgram",
-    )
-    try:
-        result = lib.nvrtcCompileProgram(program, len(flags), [flag.encode() for flag in flags])
-        log_size = check(lib.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
-        buffer = bytearray(log_size)
-        check(lib.nvrtcGetProgramLog(program, buffer), "nvrtcGetProgramLog")
-        log = bytes(buffer).rstrip(b"\0").decode(errors="replace")
-        if result[0] == lib.nvrtcResult.NVRTC_ERROR_COMPILATION:
-            raise CompileError(source_name, log)
-        check(result, "nvrtcCompileProgram")
-        cubin = bytearray(check(lib.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize"))
-        check(lib.nvrtcGetCUBIN(program, cubin), "nvrtcGetCUBIN")
-        return bytes(cubin), log
-    finally:
-        lib.nvrtcDestroyProgram(program)

@@ -40,7 +40,7 @@ def build_reports(builds: Sequence[KernelBuild] | None = None) -> Iterator[Build
 
     A configuration that does not compile, spills, or draws a remark on serialised wgmma or ignored setmaxnreg is
     reported with its problem; nothing is raised for it."""
-    # NVRTC runs without the interpreter lock.
+    # Each is compiled by a process of its own.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         yield from pool.map(build_report, kernel_builds() if builds is None else builds)
 

@@ -3,12 +3,15 @@
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+from megamoe.builds import kernel_build
 from megamoe_cuda import compile as compile_module
-from megamoe_cuda import errors
+from megamoe_cuda import compile_apart, errors
 from megamoe_cuda.__main__ import main
+from megamoe_cuda.cache import Cache
 from megamoe_cuda.compile import CompiledKernel, cache_key, compile_kernel, parse_log, read_sources
 
 WGMMA = """
@@ -71,8 +74,8 @@ def product(cache_dir, **defines) -> CompiledKernel:
 
 
 def compile_count(monkeypatch) -> list:
-    calls, real = [], compile_module._nvrtc_compile
-    monkeypatch.setattr(compile_module, "_nvrtc_compile", lambda *arguments: calls.append(1) or real(*arguments))
+    calls, real = [], compile_module.compile_apart
+    monkeypatch.setattr(compile_module, "compile_apart", lambda *arguments: calls.append(1) or real(*arguments))
     return calls
 
 
@@ -153,9 +156,64 @@ def test_second_compilation_comes_from_memory_then_from_disk(tmp_path, monkeypat
 
 def test_nvrtc_may_not_answer_from_a_cache_of_its_own(tmp_path, monkeypatch):
     """From there a cubin comes without ptxas's report (seen on a GPU: tests/gpu/test_bindings.py)."""
-    seen, real = [], compile_module._nvrtc_compile
-    monkeypatch.setattr(compile_module, "_nvrtc_compile", lambda *args: seen.append(args[2]) or real(*args))
+    seen, real = [], compile_module.compile_apart
+    monkeypatch.setattr(compile_module, "compile_apart", lambda *args: seen.append(args[2]) or real(*args))
     assert product(tmp_path).resources.registers and "--no-cache" in seen[0]
+
+
+STICKY = ("-Xnvvm", "-Xopt", "-Xnvvm", "-alias-set-saturation-threshold=0")  # as cuDNN gives them to NVRTC
+OTHER = """
+extern "C" __global__ void other(float* y, int n) { for (int i = threadIdx.x; i < n; i += 32) y[i] = expf(y[i]); }
+"""
+
+
+def test_what_else_compiles_in_the_process_changes_no_kernel(tmp_path):
+    """NVRTC keeps options of its back end: the same compilation behind another's gives another cubin, with spills."""
+    build = kernel_build(8)
+    alone = compile_kernel(build.source, build.entry, build.defines, cache_dir=tmp_path / "alone")
+    options = ("--gpu-architecture=sm_90a", "--std=c++20", "--ptxas-options=-v", "--no-source-include", "--no-cache",
+               "-DBLOCK_TOKENS=8")  # fmt: skip
+    code = f"""
+from megamoe_cuda.compile import compile_kernel, read_sources
+from megamoe_cuda.compile_apart import _compile
+_compile("other.cu", {{"other.cu": {OTHER!r}}}, ["--gpu-architecture=sm_90a", *{STICKY!r}])
+behind = compile_kernel({build.source!r}, {build.entry!r}, {build.defines!r}, cache_dir={str(tmp_path / "behind")!r})
+print(behind.key, behind.cubin == _compile({build.source!r}, read_sources(), {options!r})[0])
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout.split() == [alone.key, "False"], ran.stdout + ran.stderr
+    _, kept = Cache(tmp_path / "behind").load(alone.key)
+    assert kept == alone.cubin
+
+
+@pytest.mark.parametrize(("script", "said"), [
+    ("import os; os.kill(os.getpid(), 9)", "its compiler's process ended with -9"),
+    ("raise SystemExit('no room')", "(?s)its compiler's process ended with 1:.*no room"),
+    ("import time; time.sleep(60)", r"its compiler's process did not end within 0\.5 s"),
+])
+def test_a_compiler_that_does_not_answer_is_an_error(tmp_path, monkeypatch, script, said):
+    (tmp_path / "script.py").write_text(script)
+    monkeypatch.setattr(compile_apart, "__file__", str(tmp_path / "script.py"))
+    monkeypatch.setattr(compile_apart, "DEADLINE_S", 0.5 if "sleep" in script else 60.0)
+    with pytest.raises(errors.CompileError, match=said):
+        product(tmp_path)
+    assert not list(tmp_path.rglob("*.kernel"))
+
+
+@pytest.mark.parametrize("interpreter", [None, "/nonexistent/python"])
+def test_an_embedded_interpreter_is_told_the_remedy(tmp_path, monkeypatch, interpreter):
+    monkeypatch.setattr("multiprocessing.spawn._python_exe", interpreter)
+    with pytest.raises(errors.CompileError, match=r"(?s)no process for its compiler: .*set_executable\("):
+        product(tmp_path)
+
+
+def test_words_around_the_answer_do_no_harm(tmp_path, monkeypatch):
+    script = f"print('hello', flush=True)\n{Path(compile_apart.__file__).read_text()}    print('good-bye')\n"
+    (tmp_path / "script.py").write_text(script)
+    cubin = product(tmp_path / "plain").cubin
+    monkeypatch.setattr(compile_module, "_memory", {})
+    monkeypatch.setattr(compile_apart, "__file__", str(tmp_path / "script.py"))
+    assert product(tmp_path / "around").cubin == cubin
 
 
 def test_key_depends_on_every_input(monkeypatch):
