@@ -81,7 +81,7 @@ def write_rows(folder: Path, rows: list[dict]) -> None:
 
 
 def merge_folder(folder: Path, other: Path) -> None:
-    """Rows of `other`, and the files of those that are taken over; ValueError if it has none."""
+    """Rows of `other`, and the files of those that are taken over; ValueError if it has none, or lacks a file."""
     found = read_rows(other)
     if not found:
         raise ValueError(f"{other} has no summary.json with rows")
@@ -90,10 +90,13 @@ def merge_folder(folder: Path, other: Path) -> None:
         after = merged(before, row)
         if row in before or row not in after:
             continue
+        files = row.get("files", [])
+        if lacking := [name for name in files if not (other / name).exists()]:
+            raise ValueError(f"{other} has a row of {row['step']!r} without its {', '.join(lacking)}")
         for old in (old for old in before if old["step"] == row["step"]):
             for name in old.get("files", []):
                 (folder / name).unlink(missing_ok=True)
-        for name in row.get("files", []):
+        for name in files:
             shutil.copy2(other / name, folder / name)
         write_rows(folder, after)
 

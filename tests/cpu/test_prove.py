@@ -118,6 +118,10 @@ def test_partial_runs_merge_into_one_summary(prove, tmp_path):
     assert not (tmp_path / "all" / "a.json").exists() and (tmp_path / "all" / "new.json").exists()
     with pytest.raises(ValueError, match=r"has no summary\.json"):
         prove.main([str(tmp_path / "all"), "--merge", str(tmp_path)])
+    prove.write_rows(two, [row("a", True, "2026-01-05", files=["lost.json"])])
+    with pytest.raises(ValueError, match=r"has a row of 'a' without its lost\.json"):
+        prove.main([str(tmp_path / "all"), "--merge", str(two)])
+    assert (tmp_path / "all" / "new.json").exists()  # nothing is taken away before
 
 
 def test_every_step_says_not_run_without_a_gpu(prove, tmp_path):

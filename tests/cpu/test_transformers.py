@@ -155,6 +155,8 @@ def test_fp8_experts_of_a_checkpoint_under_a_model_that_holds_none(model, checkp
     with pytest.raises(ValueError, match=r"meta device; pass checkpoint"):
         enable(light)
     from_file = served_logits(light, ids, weight_format="fp8", checkpoint=tmp_path)
+    for parameter in model.parameters():  # mapped from a file they are not aligned, and some CPUs then add otherwise
+        parameter.data = parameter.data.clone()
     assert torch.equal(from_file, served_logits(model, ids, weight_format="fp8"))  # the same quantization either way
     dequantized = served_logits(light, ids, weight_format="bf16", checkpoint=tmp_path)
     for layer in model.model.layers:
