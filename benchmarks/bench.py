@@ -44,12 +44,11 @@ from benchmarks.implementations import Setup  # noqa: E402
 from benchmarks.inputs import ROUTINGS  # noqa: E402
 from benchmarks.links import Counter  # noqa: E402
 from benchmarks.record import machine  # noqa: E402
-from benchmarks.results import RESULTS_DIR, append_result, as_json, check_folder  # noqa: E402
+from benchmarks.results import RESULTS_DIR, append_result, as_json, check_folders  # noqa: E402
 from benchmarks.run import Outcome, Plan, run_cases, spec_against_float64  # noqa: E402
 from benchmarks.table import Table  # noqa: E402
 from benchmarks.timing import PROTOCOLS, Meet, pick_protocol  # noqa: E402
 from megamoe.ranks import init_process_group, rank_from_env  # noqa: E402
-from megamoe_cuda.gather import gather  # noqa: E402
 
 # What a set of suites.toml may say
 SET_OPTIONS = (
@@ -232,28 +231,12 @@ def describe(setup: Setup, facts: dict) -> str:
     return f"{how}\n{facts['device']}{driver}, torch {facts['torch']}, commit {facts['commit'][:12]}{dirty}"
 
 
-def check_folders(setup: Setup, json_file: Path | None = None, results: Path | None = None) -> None:
-    """ValueError on every rank, before anything is measured, where the first, which writes, cannot."""
-    problem = None
-    try:
-        if json_file and setup.is_first:
-            check_folder(f"--json {json_file}", json_file.resolve().parent)
-        if results and setup.is_first:
-            check_folder("--results", results, make=True)
-    except ValueError as error:
-        problem = str(error)
-    if dist.is_initialized():
-        problem = gather(dist.group.WORLD, "folders", problem)[0]
-    if problem is not None:
-        raise ValueError(problem)
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         setup = make_setup(args)
         plans = plans_of(args, setup)
-        check_folders(setup, args.json, args.results)
+        check_folders(setup.is_first, args.json, args.results)
     except ValueError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2

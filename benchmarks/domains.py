@@ -32,7 +32,7 @@ from benchmarks import cases as case_list
 from benchmarks.implementations import MegaMoE, Setup
 from benchmarks.inputs import make_tokens
 from benchmarks.record import ScalingRow, machine
-from benchmarks.results import SCALING_DIR, append_result
+from benchmarks.results import SCALING_DIR, append_result, check_folders
 from benchmarks.run import Plan, config_of, make_cell, run_one
 from megamoe import EPConfig, Workspace, plan_memory
 from megamoe.domains.traffic import bytes_per_token, copies_between
@@ -162,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         tokens = case_list.parse_tokens(args.tokens or ("8,128,2048,8192" if on_gpu else "2,8"))
         (case,) = case_list.parse_cases(args.case or ("flash64" if on_gpu else "tiny"), case_list.load_cases())
         chosen = variants(setup.ep_size, args.ranks_per_domain, args.domain_tokens, max(tokens))
+        check_folders(setup.is_first, results=args.results)
     except ValueError as error:
         print(f"domains.py: {error}", file=sys.stderr)
         return 2

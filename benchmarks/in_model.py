@@ -36,7 +36,7 @@ if __name__ == "__main__":
     import checkout  # noqa: F401 (makes this checkout's packages importable; it lies beside this file)
 from benchmarks.cases import parse_choices, parse_tokens
 from benchmarks.record import machine
-from benchmarks.results import IN_MODEL_DIR, append_json
+from benchmarks.results import IN_MODEL_DIR, append_json, check_folders
 from megamoe import EPConfig, MoEConfig, MoELayer, Workspace, support
 from megamoe.config import WEIGHT_FORMATS
 from megamoe.integrations.dequantized import round_experts
@@ -276,11 +276,12 @@ def main(argv: list[str] | None = None) -> int:
         parts, families, formats = (parse_choices(f"--{name}", getattr(given, name), allowed) for name, allowed in (
             ("parts", PARTS), ("families", tuple(FAMILIES)), ("formats", WEIGHT_FORMATS)))  # fmt: skip
         batches = parse_tokens(given.batches, "--batches")
+        own_group = rank_from_env().ep_size > 1 and not dist.is_initialized()
+        rank = init_process_group() if rank_from_env().ep_size > 1 else rank_from_env()
+        check_folders(rank.ep_rank == 0, given.json, given.results)
     except ValueError as error:
         print(f"in_model.py: {error}", file=sys.stderr)
         return 2
-    own_group = rank_from_env().ep_size > 1 and not dist.is_initialized()
-    rank = init_process_group() if rank_from_env().ep_size > 1 else rank_from_env()
     on_cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank.local_rank) if on_cuda else torch.device("cpu")
     positions, sequence = given.positions or (4096 if on_cuda else 64), given.sequence or (512 if on_cuda else 32)

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from benchmarks.cases import load_cases, parse_cases, parse_tokens
 from benchmarks.inputs import make_tokens, make_weights
 from benchmarks.record import machine
-from benchmarks.results import REPLICAS_DIR, append_json
+from benchmarks.results import REPLICAS_DIR, append_json, check_folders
 from benchmarks.run import config_of
 from benchmarks.timing import measure, num_routings, pick_protocol
 from megamoe import EPConfig, MoELayer, Workspace, plan_experts
@@ -129,6 +129,7 @@ def main(argv=None) -> int:
             raise ValueError(f"--case {given.case}: one at a time")
         case, tokens = cases[0], parse_tokens(given.tokens)
         plan_experts(np.ones((1, case.num_experts)), num_ranks=setup.ep_size, num_redundant_experts=given.redundant)
+        check_folders(setup.is_first, given.json, given.results)
     except ValueError as error:
         print(f"replicas.py: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
 """results/*.jsonl: one measurement a line (record.Row), appended by bench.py, read by report.py; results/scaling/ the
 same of scaling.py (record.ScalingRow), results/replicas/ of replicas.py, results/in_model/ of in_model.py (with fields
-of their own). Needs no torch."""
+of their own). Needs no torch, but to ask all ranks."""
 
 import json
 import tempfile
@@ -48,6 +48,26 @@ def check_folder(option: str, folder: Path, make: bool = False) -> None:
             file.write(bytes(1 << 14))
     except OSError as error:
         raise ValueError(f"{option}: cannot write to the folder {folder}: {error.strerror}") from error
+
+
+def check_folders(is_first: bool, json_file: Path | None = None, results: Path | None = None) -> None:
+    """ValueError on every rank, before anything is measured, where the first, which writes, cannot. Collective."""
+    import torch.distributed as dist
+
+    from megamoe_cuda.gather import gather
+
+    problem = None
+    try:
+        if json_file and is_first:
+            check_folder(f"--json {json_file}", json_file.resolve().parent)
+        if results and is_first:
+            check_folder("--results", results, make=True)
+    except ValueError as error:
+        problem = str(error)
+    if dist.is_initialized():
+        problem = gather(dist.group.WORLD, "folders", problem)[0]
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def read_results(directory: Path = RESULTS_DIR) -> list[dict]:

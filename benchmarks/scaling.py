@@ -39,7 +39,7 @@ from benchmarks import prediction, scaling_report
 from benchmarks.implementations import Setup
 from benchmarks.inputs import ROUTINGS, make_tokens
 from benchmarks.record import ScalingRow, machine
-from benchmarks.results import RESULTS_DIR, SCALING_DIR, append_result, check_folder, read_results
+from benchmarks.results import RESULTS_DIR, SCALING_DIR, append_result, check_folder, check_folders, read_results
 from benchmarks.run import Outcome, Plan, run_cases
 from benchmarks.table import Table
 from benchmarks.timing import PROTOCOLS, Meet
@@ -206,7 +206,7 @@ def run(args) -> tuple[bool, list, Setup]:
     setup = replace(setup, ranks_per_domain=args.ranks_per_domain, domain_tokens=args.domain_tokens)
     if args.check_rows < 1:
         raise ValueError(f"--check-rows {args.check_rows} must be at least 1")
-    bench.check_folders(setup, results=args.results)
+    check_folders(setup.is_first, results=args.results)
     sizes = sizes_of(args.sizes, setup.ep_size)
     routings = case_list.parse_choices("--routing", args.routing, ROUTINGS)
     if args.max_domains is not None and (args.ranks_per_domain is None or routings != ["uniform"]):

@@ -31,6 +31,13 @@ def test_what_is_no_division_is_named(size, named, capsys):
     assert named in capsys.readouterr().err
 
 
+def test_rows_that_could_not_be_kept_are_refused_beforehand(capsys):
+    sizes = ["--device", "cpu", "--virtual-ranks", "4", "--ranks-per-domain", "2"]
+    assert domains.main([*sizes, "--results", "/dev/null/rows"]) == 2
+    shown = capsys.readouterr()
+    assert "domains.py: --results: cannot write to the folder /dev/null/rows" in shown.err and not shown.out
+
+
 def test_the_readme_gets_its_scaling_section(tmp_path, capsys):
     readme, results = tmp_path / "README.md", tmp_path / "results"
     (results / "scaling").mkdir(parents=True)

@@ -20,7 +20,9 @@ def test_every_choice_and_every_step_keeps_the_bits(tmp_path, capsys):
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--virtual-ranks", "1"], "num_redundant_experts=8"), (["--virtual-ranks", "3"], "3 ranks"),
     (["--case", "nope"], "--case 'nope'"), (["--tokens", "x"], "--tokens 'x'"),
+    (["--json", "/nowhere/rows.json"], "--json /nowhere/rows.json: cannot write"),
+    (["--results", "/dev/null/rows"], "--results: cannot write to the folder /dev/null/rows"),
 ])  # fmt: skip
 def test_a_wrong_command_line_ends_with_2_and_says_why(arguments, said, capsys):
-    assert main(["--case", "tiny", "--device", "cpu", *arguments]) == 2
+    assert main(["--case", "tiny", "--device", "cpu", "--virtual-ranks", "2", *arguments]) == 2
     assert said in capsys.readouterr().err

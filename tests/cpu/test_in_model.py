@@ -171,3 +171,10 @@ def test_the_commands_of_tables_sh_are_ones_it_takes():
 def test_a_wrong_name_ends_with_2_and_names_the_option(option, capsys):
     assert in_model.main([option, "nothing"]) == 2
     assert f"{option} 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option, named", [("--json", "--json /dev/null/rows"), ("--results", "--results")])
+def test_rows_that_could_not_be_kept_are_refused_beforehand(option, named, capsys):
+    assert in_model.main([option, "/dev/null/rows"]) == 2
+    shown = capsys.readouterr()
+    assert f"in_model.py: {named}: cannot write to the folder" in shown.err and not shown.out
