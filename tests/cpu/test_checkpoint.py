@@ -234,4 +234,5 @@ def test_peak_memory_is_the_local_weights_and_one_expert(tmp_path, stacked_exper
     save(tmp_path, {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()})
     expert_bytes = 3 * 1024 * 1024 * 2
     for peak, local_bytes in peaks(tmp_path, ("fp8", "bf16", "mxfp4")):
-        assert local_bytes <= peak <= local_bytes + expert_bytes + 2**20
+        # 2 MiB: code, small blocks, and Linux counts resident pages per CPU, so that sums are some hundred KiB off
+        assert local_bytes <= peak <= local_bytes + expert_bytes + 2 * 2**20
