@@ -1,9 +1,9 @@
 """NVRTC on a machine without GPU: cubins, ptxas's report, cache keys, the command line."""
 
+import errno
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -186,10 +186,22 @@ print(behind.key, behind.cubin == _compile({build.source!r}, read_sources(), {op
     assert kept == alone.cubin
 
 
+DIES_WRITING = """
+import json, os, sys
+asked = json.load(sys.stdin.buffer)
+header = json.dumps({"error": None, "log": "", "cubin_bytes": 4000})
+sys.stdout.write(asked["token"] + HEADER)
+sys.stdout.flush()
+os.kill(os.getpid(), 9)
+"""
+
+
 @pytest.mark.parametrize(("script", "said"), [
     ("import os; os.kill(os.getpid(), 9)", "its compiler's process ended with -9"),
-    ("raise SystemExit('no room')", "(?s)its compiler's process ended with 1:.*no room"),
+    ("import sys; sys.exit('noise\\n' * 90 + 'no room')", "(?s)its compiler's process ended with 1:.*no room"),
     ("import time; time.sleep(60)", r"its compiler's process did not end within 0\.5 s"),
+    (DIES_WRITING.replace("HEADER", "header[:9]"), "its compiler's process ended with -9"),
+    (DIES_WRITING.replace("HEADER", "header + '\\n' + 'E' * 100"), "its compiler's process ended with -9"),
 ])
 def test_a_compiler_that_does_not_answer_is_an_error(tmp_path, monkeypatch, script, said):
     (tmp_path / "script.py").write_text(script)
@@ -207,8 +219,51 @@ def test_an_embedded_interpreter_is_told_the_remedy(tmp_path, monkeypatch, inter
         product(tmp_path)
 
 
+def test_no_room_for_a_process_asks_for_no_other_interpreter(tmp_path, monkeypatch):
+    def run(*_, **__):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(compile_apart.subprocess, "run", run)
+    with pytest.raises(errors.CompileError, match="no process for its compiler: .*temporarily") as caught:
+        product(tmp_path)
+    assert "set_executable" not in str(caught.value)
+
+
+def test_an_interpreter_that_is_this_program_again_ends_at_once(tmp_path, monkeypatch):
+    program = tmp_path / "program"
+    code = "from megamoe_cuda.compile import compile_kernel as c; c('a.cu', 'a', sources={'a.cu': ''}, cache_dir='c')"
+    program.write_text(f"#!/bin/sh\necho started >> '{tmp_path}/starts'\nexec {sys.executable} -c \"{code}\"\n")
+    program.chmod(0o700)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("multiprocessing.spawn._python_exe", str(program))
+    with pytest.raises(errors.CompileError, match=r"(?s)runs this program again .*set_executable\("):
+        product(tmp_path)
+    assert (tmp_path / "starts").read_text() == "started\n"
+
+
+def test_an_interpreter_of_another_version_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(compile_apart.sys, "version_info", (3, 99, 0))
+    with pytest.raises(errors.CompileError, match=r"(?s)is Python 3\.1\d, this process 3\.99.*set_executable\("):
+        product(tmp_path)
+
+
+def test_a_package_in_the_working_directory_is_not_taken(tmp_path, monkeypatch):
+    (tmp_path / "megamoe_cuda").mkdir()
+    (tmp_path / "megamoe_cuda" / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.chdir(tmp_path)
+    assert product(tmp_path / "cache").cubin
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert product(tmp_path / "cache", STAGES=2).cubin
+
+
 def test_words_around_the_answer_do_no_harm(tmp_path, monkeypatch):
-    script = f"print('hello', flush=True)\n{Path(compile_apart.__file__).read_text()}    print('good-bye')\n"
+    script = f"""
+import runpy
+print("hello", flush=True)
+runpy.run_path({compile_apart.__file__!r}, run_name="__main__")
+print("good-bye")
+"""
     (tmp_path / "script.py").write_text(script)
     cubin = product(tmp_path / "plain").cubin
     monkeypatch.setattr(compile_module, "_memory", {})
