@@ -43,7 +43,9 @@ AVOID = {
 }
 ENGINE_TESTS = {f"tests/cpu/{file}.py" for file in ("engine_stubs", "test_engine_vllm", "test_engine_sglang")}
 # Text that tells how the text came to be, or of one machine.
-TALK = re.compile(r"this session|as requested|the user asked|previous attempt|\b(T[O]DO|F[I]XME|X[X]X)\b", re.IGNORECASE)
+TALK = re.compile(
+    r"this session|as requested|the user asked|previous attempt|\b(T[O]DO|F[I]XME|X[X]X)\b", re.IGNORECASE
+)
 MACHINE_PATH = re.compile(r"(?<![\w.:/<>$}~])/(?:work|root|home|opt|mnt|Users)/\w")
 URL_HOST = re.compile(r"https?://([\w.-]+)")
 HOSTS = {"arxiv.org", "github.com", "www.apache.org", "docs.nvidia.com", "docs.pytorch.org"}
